@@ -1,0 +1,524 @@
+"""The nouns of the library: plain frozen dataclasses that flow from a dataset to a metric.
+
+`Sample -> (head.build) -> Example -> (collate) -> Batch -> (backbone, head) -> Prediction -> metric`.
+
+Coordinates are always pixels of the original image: x to the right, y down, boxes `(x1, y1, x2, y2)` with exclusive right
+and bottom edges, a point `(x, y)` names the pixel whose centre is `(x + 0.5, y + 0.5)`.
+
+Shape legend: H W pixels, B sequences, N tokens, I images, Q queries.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import torch
+    from PIL import Image
+
+    from mmseg_llm.backbones.visibility import Visibility
+
+Box = tuple[float, float, float, float]
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A binary mask as COCO run-length encoding (pycocotools, column-major runs).
+
+    Attributes:
+        size: `(H, W)` in pixels.
+        counts: compressed RLE string.
+    """
+
+    size: Size
+    counts: str
+
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> Mask:
+        """Encode an `(H, W)` array; everything that is not zero is foreground.
+
+        Raises:
+            ValueError: if the array is not two-dimensional.
+        """
+        from pycocotools import mask as coco_mask
+
+        if array.ndim != 2:
+            raise ValueError(f"a mask must be an (H, W) array, got shape {tuple(array.shape)}")
+        binary = array if array.dtype == np.uint8 and array.max(initial=0) <= 1 else (array != 0).astype(np.uint8)
+        rle = coco_mask.encode(np.asfortranarray(binary))
+        return cls(size=(int(array.shape[0]), int(array.shape[1])), counts=rle["counts"].decode("ascii"))
+
+    @classmethod
+    def empty(cls, size: Size) -> Mask:
+        """A mask without foreground."""
+        return cls.from_array(np.zeros(size, np.uint8))
+
+    @classmethod
+    def from_coco(cls, segmentation: Any, size: Size) -> Mask:
+        """Read any COCO `segmentation`: polygons, uncompressed or compressed RLE.
+
+        Args:
+            segmentation: list of polygons `[x1, y1, x2, y2, ...]` or an RLE dict.
+            size: `(H, W)` of the image.
+
+        Raises:
+            ValueError: if the RLE has another size than the image, or the polygons are malformed.
+        """
+        from pycocotools import mask as coco_mask
+
+        height, width = int(size[0]), int(size[1])
+        if isinstance(segmentation, dict):
+            if "size" not in segmentation or "counts" not in segmentation:
+                raise ValueError(f"an RLE needs the keys 'size' and 'counts', got {sorted(segmentation)}")
+            rle_size = tuple(int(side) for side in segmentation["size"])
+            if rle_size != (height, width):
+                raise ValueError(
+                    f"RLE size {rle_size} (height, width) differs from the image size {(height, width)}; "
+                    "re-encode the mask at the image's size"
+                )
+            counts = segmentation["counts"]
+            if isinstance(counts, list):
+                if sum(counts) != height * width:
+                    raise ValueError(
+                        f"uncompressed RLE covers {sum(counts)} pixels but the image has {height * width}; "
+                        "re-encode the mask at the image's size"
+                    )
+                rle = coco_mask.frPyObjects(segmentation, height, width)
+                counts = rle["counts"]
+            mask = cls((height, width), counts.decode("ascii") if isinstance(counts, bytes) else counts)
+            return mask
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+        if not polygons:
+            raise ValueError("no polygon with at least 3 points; give polygons of 6 or more numbers or an RLE")
+        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+        return cls((height, width), rle["counts"].decode("ascii"))
+
+    @classmethod
+    def union(cls, masks: Sequence[Mask], size: Size) -> Mask:
+        """Pixels that are in any of the masks; the empty mask when there are none.
+
+        Raises:
+            ValueError: if a mask has another size.
+        """
+        from pycocotools import mask as coco_mask
+
+        for mask in masks:
+            if mask.size != tuple(size):
+                raise ValueError(f"mask of size {mask.size} cannot join masks of size {tuple(size)}")
+        if not masks:
+            return cls.empty(size)
+        if len(masks) == 1:
+            return masks[0]
+        rle = coco_mask.merge([mask.to_coco(as_bytes=True) for mask in masks])
+        return cls((int(size[0]), int(size[1])), rle["counts"].decode("ascii"))
+
+    def to_coco(self, as_bytes: bool = False) -> dict[str, Any]:
+        """The COCO RLE dict; `as_bytes` gives the form pycocotools itself works on."""
+        return {"size": list(self.size), "counts": self.counts.encode("ascii") if as_bytes else self.counts}
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """The mask as bool `(H, W)`.
+
+        Raises:
+            ValueError: if the runs do not add up to H * W pixels.
+        """
+        from pycocotools import mask as coco_mask
+
+        return coco_mask.decode(self.to_coco(as_bytes=True)).astype(bool)
+
+    @cached_property
+    def area(self) -> int:
+        """Number of foreground pixels."""
+        from pycocotools import mask as coco_mask
+
+        return int(coco_mask.area(self.to_coco(as_bytes=True)))
+
+    @cached_property
+    def box(self) -> Box | None:
+        """Tight `(x1, y1, x2, y2)`, exclusive right and bottom edges; None when empty."""
+        from pycocotools import mask as coco_mask
+
+        if self.area == 0:
+            return None
+        x, y, width, height = (float(value) for value in coco_mask.toBbox(self.to_coco(as_bytes=True)))
+        return (x, y, x + width, y + height)
+
+    def intersection(self, other: Mask) -> int:
+        """Number of pixels in both masks.
+
+        Raises:
+            ValueError: if the sizes differ.
+        """
+        from pycocotools import mask as coco_mask
+
+        if self.size != other.size:
+            raise ValueError(f"masks of size {self.size} and {other.size} cannot be compared")
+        both = coco_mask.merge([self.to_coco(as_bytes=True), other.to_coco(as_bytes=True)], intersect=True)
+        return int(coco_mask.area(both))
+
+    def iou(self, other: Mask) -> float:
+        """Intersection over union; 1.0 when both are empty."""
+        intersection = self.intersection(other)
+        union = self.area + other.area - intersection
+        return intersection / union if union else 1.0
+
+
+@dataclass(frozen=True)
+class DepthPoint:
+    """A pixel with its labelled distance in metres (None when asked, not labelled)."""
+
+    x: float
+    y: float
+    metres: float | None = None
+
+
+@dataclass(frozen=True)
+class Query:
+    """One thing asked about an image, with its optional answer.
+
+    Attributes:
+        text: the referring expression or question.
+        masks: instance masks of the answer, whose union is the target; `()` means "labelled: no target", None "unlabelled".
+        boxes: `(x1, y1, x2, y2)` per instance, original pixels.
+        points: pixels asked for, with metric depth when labelled.
+        id: unique within its dataset.
+        task: `segment`, `depth`, `chat`, ...
+        answer: target text of free-form tasks.
+    """
+
+    text: str
+    masks: tuple[Mask, ...] | None = None
+    boxes: tuple[Box, ...] | None = None
+    points: tuple[DepthPoint, ...] = ()
+    id: str = ""
+    task: str = "segment"
+    answer: str | None = None
+
+    @property
+    def is_no_target(self) -> bool:
+        """Whether the label says that nothing in the image fits (no mask, or only empty ones)."""
+        return self.masks is not None and all(mask.area == 0 for mask in self.masks)
+
+    def target(self, size: Size) -> Mask:
+        """Union of the target masks at image size `(H, W)`.
+
+        Raises:
+            ValueError: if the query is unlabelled.
+        """
+        if self.masks is None:
+            raise ValueError(f"query '{self.text}' ({self.id}) has no mask label")
+        return Mask.union(self.masks, size)
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Pinhole intrinsics in original pixels; `distance` says what depth means: along the axis (z) or along the ray."""
+
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    distance: Literal["planar", "ray"] = "planar"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a dataset yields before any model has touched it.
+
+    Attributes:
+        image: path of the image, or the image itself.
+        size: `(H, W)` in pixels of the original image.
+        queries: what is asked about this image.
+        id: image identity, unique within its dataset.
+        source: name of the dataset and split.
+        camera: intrinsics where known.
+    """
+
+    image: str | Path | Image.Image
+    size: Size
+    queries: tuple[Query, ...] = ()
+    id: str = ""
+    source: str = ""
+    camera: Camera | None = None
+
+    def load_image(self) -> Image.Image:
+        """The image as RGB.
+
+        Raises:
+            ValueError: if the file is missing or corrupt, or its size is not `size`.
+        """
+        from mmseg_llm.geometry import load_image
+
+        image = load_image(self.image)
+        if (image.height, image.width) != tuple(self.size):
+            raise ValueError(
+                f"image {self.image} is {image.height}x{image.width} (HxW) but its annotations say "
+                f"{self.size[0]}x{self.size[1]}; point the dataset to the images the annotations were made on"
+            )
+        return image
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The exact image a model sees, and the affine map between it and the original.
+
+    `canvas = (original + 0.5) * scale + offset - 0.5` per axis: pixel centres map to pixel centres.
+
+    Attributes:
+        image: RGB, the size the model takes; never resized again.
+        original_size: `(H, W)` of the original.
+        scale: `(sx, sy)` canvas pixels per original pixel.
+        offset: `(ox, oy)` canvas pixels of padding (positive) or crop (negative) at the left and top.
+    """
+
+    image: Image.Image
+    original_size: Size
+    scale: tuple[float, float]
+    offset: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def size(self) -> Size:
+        """`(H, W)` of the canvas."""
+        return (self.image.height, self.image.width)
+
+    def to_canvas(self, points: np.ndarray) -> np.ndarray:
+        """Map original pixel coordinates `(..., 2)` as (x, y) to the canvas, float64, without rounding."""
+        return (np.asarray(points, np.float64) + 0.5) * self.scale + self.offset - 0.5
+
+    def to_original(self, points: np.ndarray) -> np.ndarray:
+        """Inverse of `to_canvas`."""
+        return (np.asarray(points, np.float64) + 0.5 - self.offset) / self.scale - 0.5
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """What follows the shared prefix of an image: one dialogue branch that no other branch of the image can see.
+
+    Attributes:
+        ids: token ids.
+        labels: same length, next-token targets aligned with `ids`; -100 where not supervised.
+        query_ids: queries (positions in `Sample.queries`) answered here, in the order of their answer slots.
+        slots: position in `ids` of the answer token ([SEG], [REJ], ...) of each of `query_ids`.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    query_ids: tuple[int, ...] = ()
+    slots: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A `Sample` rendered by a head for one backbone; made in data-loader workers.
+
+    Attributes:
+        head: name of the head whose loss it feeds.
+        sample: where it came from.
+        canvas: the image the model sees.
+        pixels: float32 `(3, H, W)` of the canvas, normalised for the backbone.
+        prefix: token ids shared by all suffixes, image placeholders expanded.
+        suffixes: dialogue branches.
+        targets: head-specific dense targets, one per entry of all `query_ids` in order (numpy arrays).
+    """
+
+    head: str
+    sample: Sample
+    canvas: Canvas
+    pixels: np.ndarray
+    prefix: tuple[int, ...]
+    suffixes: tuple[Suffix, ...]
+    targets: tuple[Any, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the packed sequence."""
+        return len(self.prefix) + sum(len(suffix.ids) for suffix in self.suffixes)
+
+
+@dataclass
+class Batch:
+    """Collated `Example`s of one head: every image is one row, its suffixes packed behind its prefix.
+
+    Attributes:
+        head: name of the head.
+        ids: `(B, N)` token ids.
+        labels: `(B, N)` next-token targets aligned with `ids`, -100 where not supervised.
+        positions: `(B, N)` rotary positions; suffixes restart after the prefix.
+        visibility: who may attend to whom.
+        pixels: `(B, 3, H, W)` float.
+        image_positions: `(B, T)` positions of the image tokens in each row.
+        slot_rows, slot_positions: `(Q,)` row and position of the answer token of each query.
+        slot_queries: `(Q,)` index of the query in `samples[row].queries`.
+        targets: ragged, one entry per slot.
+        samples: originals, for ids and sizes.
+    """
+
+    head: str
+    ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    visibility: Visibility
+    pixels: torch.Tensor
+    image_positions: torch.Tensor
+    slot_rows: torch.Tensor
+    slot_positions: torch.Tensor
+    slot_queries: torch.Tensor
+    targets: list[Any]
+    samples: list[Sample]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with all its tensors on `device`."""
+        from dataclasses import fields, replace
+
+        import torch
+
+        def move(value: Any) -> Any:
+            if isinstance(value, list):
+                return [move(item) for item in value]
+            movable = isinstance(value, torch.Tensor) or hasattr(value, "render")
+            return value.to(device, non_blocking=non_blocking) if movable else value
+
+        return replace(self, **{item.name: move(getattr(self, item.name)) for item in fields(self)})
+
+    def pin_memory(self) -> Batch:
+        """Page-lock the pixels, which are most of the bytes (called by the DataLoader)."""
+        from dataclasses import replace
+
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a user gets for one query.
+
+    Attributes:
+        query: text asked.
+        query_id, sample_id: identity of the query and of its image.
+        size: `(H, W)` of the original image.
+        text: what the model said.
+        mask: at original size; an empty mask when `exists` is False.
+        box: tight `(x1, y1, x2, y2)` of the mask, None when empty.
+        score: confidence in [0, 1]: mean foreground probability of the mask's pixels (1 - p(target) for a rejection).
+        exists: False when the model answered that nothing fits, or gave no answer.
+        depth: metres, for depth queries.
+        trajectory: clicks and masks, for click policies.
+        image: the original image, for `show` and `save`; not serialised.
+    """
+
+    query: str
+    size: Size
+    query_id: str = ""
+    sample_id: str = ""
+    text: str = ""
+    mask: Mask | None = None
+    box: Box | None = None
+    score: float = 0.0
+    exists: bool = True
+    depth: float | None = None
+    trajectory: tuple[Any, ...] = ()
+    image: str | Path | Image.Image | None = field(default=None, repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for JSON, from which `from_json` restores everything but the image."""
+        return {
+            "sample_id": self.sample_id,
+            "query_id": self.query_id,
+            "query": self.query,
+            "text": self.text,
+            "exists": self.exists,
+            "score": round(float(self.score), 6),
+            "box": list(self.box) if self.box else None,
+            "size": list(self.size),
+            "mask": self.mask.to_coco() if self.mask else None,
+            "depth": self.depth,
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Prediction:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: if a field is missing or the mask has another size than the image.
+        """
+        try:
+            size = (int(record["size"][0]), int(record["size"][1]))
+            mask = Mask.from_coco(record["mask"], size) if record["mask"] is not None else None
+            return cls(
+                query=record["query"],
+                size=size,
+                query_id=record["query_id"],
+                sample_id=record["sample_id"],
+                text=record["text"],
+                mask=mask,
+                box=tuple(record["box"]) if record["box"] else None,
+                score=record["score"],
+                exists=record["exists"],
+                depth=record.get("depth"),
+            )
+        except KeyError as error:
+            raise ValueError(f"prediction record lacks the field {error}; write it with Prediction.to_json") from error
+
+    def to_coco(self, image_id: int | str | None = None, category_id: int = 1) -> dict[str, Any]:
+        """A COCO result entry (`bbox` is xywh); an empty mask gives an empty RLE and a zero box."""
+        x1, y1, x2, y2 = self.box or (0.0, 0.0, 0.0, 0.0)
+        mask = self.mask or Mask.empty(self.size)
+        return {
+            "image_id": self.sample_id if image_id is None else image_id,
+            "category_id": category_id,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": mask.area,
+            "segmentation": mask.to_coco(),
+            "score": round(float(self.score), 6),
+            "caption": self.query,
+        }
+
+    def show(self) -> Image.Image:
+        """The image with mask, box and caption drawn on it.
+
+        Raises:
+            ValueError: if the prediction carries no image.
+        """
+        from mmseg_llm.inference.visualize import draw_predictions
+
+        if self.image is None:
+            raise ValueError("this prediction carries no image; set it with dataclasses.replace(prediction, image=...)")
+        return draw_predictions(self.image, [self])
+
+    def save(self, path: str | Path) -> Path:
+        """Write to `path` by its suffix: `.json` the record, `.png` of the mask (0/255), `.jpg` the overlay.
+
+        Raises:
+            ValueError: for another suffix, or an overlay without image.
+        """
+        from PIL import Image
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1), encoding="utf-8")
+        elif path.suffix == ".png":
+            mask = self.mask or Mask.empty(self.size)
+            Image.fromarray(mask.array.astype(np.uint8) * 255).save(path)
+        elif path.suffix in {".jpg", ".jpeg"}:
+            self.show().save(path, quality=92)
+        else:
+            raise ValueError(f"cannot save a prediction as '{path.suffix}'; use .json, .png (mask) or .jpg (overlay)")
+        return path
+
+
+def unique_by_id(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """Drop repeats of the same (sample, query), as samplers that pad for equal ranks produce; keeps first and order."""
+    seen: dict[tuple[str, str], Prediction] = {}
+    for prediction in predictions:
+        seen.setdefault((prediction.sample_id, prediction.query_id), prediction)
+    return list(seen.values())
