@@ -406,10 +406,11 @@ class Prediction:
         query_id, sample_id: identity of the query and of its image.
         size: `(H, W)` of the original image.
         text: what the model said.
-        mask: at original size; an empty mask when `exists` is False.
+        mask: at original size.
         box: tight `(x1, y1, x2, y2)` of the mask, None when empty.
-        score: confidence in [0, 1]: mean foreground probability of the mask's pixels (1 - p(target) for a rejection).
-        exists: False when the model answered that nothing fits, or gave no answer.
+        score: confidence in [0, 1] that the target exists and the mask is right.
+        exists: False when the model answered that nothing fits, or gave no answer; a mask given all the same is what the
+            model would have drawn (some reference protocols score it).
         depth: metres, for depth queries.
         trajectory: clicks and masks, for click policies.
         image: the original image, for `show` and `save`; not serialised.
@@ -488,10 +489,10 @@ class Prediction:
         Raises:
             ValueError: if the prediction carries no image.
         """
-        from mmseg_llm.inference.visualize import draw_predictions
-
         if self.image is None:
             raise ValueError("this prediction carries no image; set it with dataclasses.replace(prediction, image=...)")
+        from mmseg_llm.inference.visualize import draw_predictions
+
         return draw_predictions(self.image, [self])
 
     def save(self, path: str | Path) -> Path:

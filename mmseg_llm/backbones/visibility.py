@@ -77,7 +77,10 @@ class Visibility:
         return Visibility(block, reach, torch.cat([self.bidirectional, flag], dim=1))
 
     def allowed(self, num_queries: int | None = None) -> torch.Tensor:
-        """`(B, N, S)` bool of the last `num_queries` tokens (all when None); padding rows see themselves only."""
+        """`(B, N, S)` bool of the last `num_queries` tokens (all when None).
+
+        Padding rows, which nobody reads, see the real tokens before them, as stock causal masks have it.
+        """
         length = self.block.shape[1]
         first = 0 if num_queries is None else length - num_queries
         key_block = self.block
@@ -91,9 +94,10 @@ class Visibility:
         both_ways = self.bidirectional.gather(1, q)[..., None]
         own = (q[..., None] == k[:, None]) & ((keys <= queries[:, None]) | both_ways)
         other = (q[..., None] != k[:, None]) & (keys < bound)
-        real = (key_block >= 0)[:, None] & (query_block >= 0)[..., None]
-        # A row without any key is NaN under softmax, so padding attends to itself; nobody reads it.
-        return ((own | other) & real) | (keys == queries[:, None])
+        is_query = (query_block >= 0)[..., None]
+        seen = torch.where(is_query, own | other, keys <= queries[:, None]) & (key_block >= 0)[:, None]
+        # A row without any key is NaN under softmax: such padding attends to itself.
+        return seen | (~seen.any(-1, keepdim=True) & (keys == queries[:, None]))
 
     def render(
         self, implementation: str, dtype: torch.dtype = torch.float32, num_queries: int | None = None

@@ -119,9 +119,7 @@ def _paint(thing: FlatObject, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return rgb + (second - rgb) * share
 
 
-def draw_flat(
-    level: Level, objects: list[FlatObject], canvas: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_flat(level: Level, objects: list[FlatObject], canvas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw the objects over the float32 canvas `(H, W, 3)`, which is left unchanged.
 
     Returns:
@@ -149,5 +147,3 @@ def draw_flat(
         owner[window][inside] = i
         whole[i] = np.count_nonzero(inside)
     return image.clip(0, 255).astype(np.uint8), owner, whole
-
-

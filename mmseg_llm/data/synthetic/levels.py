@@ -61,7 +61,9 @@ class Level:
         if not 1 <= self.num_objects[0] <= self.num_objects[1] <= 12:
             raise ValueError(f"level '{self.name}': num_objects {self.num_objects} must be (low, high) within 1..12")
         if self.size < 32:
-            raise ValueError(f"level '{self.name}': size {self.size} is too small to show objects; use 32 or more pixels")
+            raise ValueError(
+                f"level '{self.name}': size {self.size} is too small to show objects; use 32 or more pixels"
+            )
         if self.no_target_share < 0 or self.multi_target_share < 0 or self.max_expressions < 1:
             raise ValueError(f"level '{self.name}': shares must not be negative and max_expressions at least 1")
         if self.no_target_share + self.multi_target_share > 1:

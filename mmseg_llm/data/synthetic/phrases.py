@@ -57,7 +57,7 @@ _USE_QUESTIONS = {
     "flat_top": ("{} that a cup could stand on", "which {} could serve as a stool"),
 }
 _RANK_QUESTIONS = {
-    "near": ("which object is closest to the camera", "what would you reach first if you walked straight ahead"),
+    "near": ("which object is closest to the camera", "the object that you would reach first"),
     "far": ("which object is farthest from the camera", "the object that is the longest walk away"),
     "tall": ("which object is the tallest", "the object that sticks up the highest"),
     "short": ("which object is the shortest", "the object that is lowest in height"),

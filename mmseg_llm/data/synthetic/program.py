@@ -121,7 +121,9 @@ def _measures(key: str, thing: Thing, side: int) -> tuple[tuple[float, float], .
         return ((thing.distance, _DISTANCE_MARGIN), (math.hypot(*thing.position), _DISTANCE_MARGIN))
     if key == "tall":
         return ((-math.log(thing.height), _LOG_HEIGHT_MARGIN),)
-    raise ValueError(f"unknown order '{key}'; choose from left, right, top, bottom, largest, smallest, near, far, tall, short")
+    raise ValueError(
+        f"unknown order '{key}'; choose from left, right, top, bottom, largest, smallest, near, far, tall, short"
+    )
 
 
 def select(wanted: Select, facts: Facts) -> list[int]:

@@ -1,0 +1,64 @@
+"""Head: zero or more parameters; owns its prompt, canvas, targets, loss and decoding. A head never imports another head."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from torch import nn
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmseg_llm.backbones.base import Backbone
+    from mmseg_llm.backbones.codec import Codec
+    from mmseg_llm.structures import Batch, Example, Prediction, Sample
+
+
+class Head(nn.Module):
+    """One way of perceiving.
+
+    Life of a head: constructed from its config alone; `bind` once the backbone is known; then `build` in data-loader workers
+    (with the weight-free codec only), `loss` in training, `predict` everywhere else.
+
+    Attributes:
+        tokens: control tokens the head needs in the vocabulary, in the order of their ids.
+        protocols: ways of predicting, the default first.
+        name: key of the head in its model.
+        label_padding: label at padded positions of a batch.
+    """
+
+    tokens: ClassVar[tuple[str, ...]] = ()
+    protocols: ClassVar[tuple[str, ...]] = ("generate",)
+    name: str = ""
+    label_padding: int = -100
+
+    def bind(self, backbone: Backbone) -> None:  # noqa: B027 - heads without parameters need nothing
+        """Create the parameters, whose sizes depend on the backbone, and check what the head relies on.
+
+        Raises:
+            ValueError: if the backbone does not fit the head.
+        """
+
+    @abstractmethod
+    def build(self, sample: Sample, codec: Codec, rng: np.random.Generator) -> Example:
+        """Render a labelled sample for training."""
+
+    @abstractmethod
+    def loss(self, backbone: Backbone, batch: Batch) -> dict[str, torch.Tensor]:
+        """Named scalar losses, already weighted; their sum is minimised. Names with a leading `_` are only logged."""
+
+    @abstractmethod
+    def predict(self, backbone: Backbone, samples: Sequence[Sample], protocol: str = "generate") -> list[Prediction]:
+        """Answer all queries of all samples, batched; the result is the same as one by one.
+
+        Returns:
+            One prediction per query, sample by sample, in order.
+        """
+
+    def check_protocol(self, protocol: str) -> None:
+        """Raise ValueError for a protocol this head does not have."""
+        if protocol not in self.protocols:
+            raise ValueError(f"head '{self.name}' has no protocol '{protocol}'; use one of {', '.join(self.protocols)}")

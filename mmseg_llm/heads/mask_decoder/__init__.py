@@ -1,0 +1,1 @@
+"""MLLMSeg's light-weight mask decoder (arXiv 2508.04107)."""
