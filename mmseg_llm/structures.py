@@ -2,8 +2,8 @@
 
 `Sample -> (head.build) -> Example -> (collate) -> Batch -> (backbone, head) -> Prediction -> metric`.
 
-Coordinates are always pixels of the original image: x to the right, y down, boxes `(x1, y1, x2, y2)` with exclusive right
-and bottom edges, a point `(x, y)` names the pixel whose centre is `(x + 0.5, y + 0.5)`.
+Coordinates are always pixels of the original image: x to the right, y down, boxes `(x1, y1, x2, y2)` with exclusive
+right and bottom edges, a point `(x, y)` names the pixel whose centre is `(x + 0.5, y + 0.5)`.
 
 Shape legend: H W pixels, B sequences, N tokens, I images, Q queries.
 """
@@ -12,165 +12,36 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mmseg_llm.masks import Box, Mask, Size
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     import torch
     from PIL import Image
 
     from mmseg_llm.backbones.visibility import Visibility
 
-Box = tuple[float, float, float, float]
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A binary mask as COCO run-length encoding (pycocotools, column-major runs).
-
-    Attributes:
-        size: `(H, W)` in pixels.
-        counts: compressed RLE string.
-    """
-
-    size: Size
-    counts: str
-
-    @classmethod
-    def from_array(cls, array: np.ndarray) -> Mask:
-        """Encode an `(H, W)` array; everything that is not zero is foreground.
-
-        Raises:
-            ValueError: if the array is not two-dimensional.
-        """
-        from pycocotools import mask as coco_mask
-
-        if array.ndim != 2:
-            raise ValueError(f"a mask must be an (H, W) array, got shape {tuple(array.shape)}")
-        binary = array if array.dtype == np.uint8 and array.max(initial=0) <= 1 else (array != 0).astype(np.uint8)
-        rle = coco_mask.encode(np.asfortranarray(binary))
-        return cls(size=(int(array.shape[0]), int(array.shape[1])), counts=rle["counts"].decode("ascii"))
-
-    @classmethod
-    def empty(cls, size: Size) -> Mask:
-        """A mask without foreground."""
-        return cls.from_array(np.zeros(size, np.uint8))
-
-    @classmethod
-    def from_coco(cls, segmentation: Any, size: Size) -> Mask:
-        """Read any COCO `segmentation`: polygons, uncompressed or compressed RLE.
-
-        Args:
-            segmentation: list of polygons `[x1, y1, x2, y2, ...]` or an RLE dict.
-            size: `(H, W)` of the image.
-
-        Raises:
-            ValueError: if the RLE has another size than the image, or the polygons are malformed.
-        """
-        from pycocotools import mask as coco_mask
-
-        height, width = int(size[0]), int(size[1])
-        if isinstance(segmentation, dict):
-            if "size" not in segmentation or "counts" not in segmentation:
-                raise ValueError(f"an RLE needs the keys 'size' and 'counts', got {sorted(segmentation)}")
-            rle_size = tuple(int(side) for side in segmentation["size"])
-            if rle_size != (height, width):
-                raise ValueError(
-                    f"RLE size {rle_size} (height, width) differs from the image size {(height, width)}; "
-                    "re-encode the mask at the image's size"
-                )
-            counts = segmentation["counts"]
-            if isinstance(counts, list):
-                if sum(counts) != height * width:
-                    raise ValueError(
-                        f"uncompressed RLE covers {sum(counts)} pixels but the image has {height * width}; "
-                        "re-encode the mask at the image's size"
-                    )
-                rle = coco_mask.frPyObjects(segmentation, height, width)
-                counts = rle["counts"]
-            mask = cls((height, width), counts.decode("ascii") if isinstance(counts, bytes) else counts)
-            return mask
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        if not polygons:
-            raise ValueError("no polygon with at least 3 points; give polygons of 6 or more numbers or an RLE")
-        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-        return cls((height, width), rle["counts"].decode("ascii"))
-
-    @classmethod
-    def union(cls, masks: Sequence[Mask], size: Size) -> Mask:
-        """Pixels that are in any of the masks; the empty mask when there are none.
-
-        Raises:
-            ValueError: if a mask has another size.
-        """
-        from pycocotools import mask as coco_mask
-
-        for mask in masks:
-            if mask.size != tuple(size):
-                raise ValueError(f"mask of size {mask.size} cannot join masks of size {tuple(size)}")
-        if not masks:
-            return cls.empty(size)
-        if len(masks) == 1:
-            return masks[0]
-        rle = coco_mask.merge([mask.to_coco(as_bytes=True) for mask in masks])
-        return cls((int(size[0]), int(size[1])), rle["counts"].decode("ascii"))
-
-    def to_coco(self, as_bytes: bool = False) -> dict[str, Any]:
-        """The COCO RLE dict; `as_bytes` gives the form pycocotools itself works on."""
-        return {"size": list(self.size), "counts": self.counts.encode("ascii") if as_bytes else self.counts}
-
-    @cached_property
-    def array(self) -> np.ndarray:
-        """The mask as bool `(H, W)`.
-
-        Raises:
-            ValueError: if the runs do not add up to H * W pixels.
-        """
-        from pycocotools import mask as coco_mask
-
-        return coco_mask.decode(self.to_coco(as_bytes=True)).astype(bool)
-
-    @cached_property
-    def area(self) -> int:
-        """Number of foreground pixels."""
-        from pycocotools import mask as coco_mask
-
-        return int(coco_mask.area(self.to_coco(as_bytes=True)))
-
-    @cached_property
-    def box(self) -> Box | None:
-        """Tight `(x1, y1, x2, y2)`, exclusive right and bottom edges; None when empty."""
-        from pycocotools import mask as coco_mask
-
-        if self.area == 0:
-            return None
-        x, y, width, height = (float(value) for value in coco_mask.toBbox(self.to_coco(as_bytes=True)))
-        return (x, y, x + width, y + height)
-
-    def intersection(self, other: Mask) -> int:
-        """Number of pixels in both masks.
-
-        Raises:
-            ValueError: if the sizes differ.
-        """
-        from pycocotools import mask as coco_mask
-
-        if self.size != other.size:
-            raise ValueError(f"masks of size {self.size} and {other.size} cannot be compared")
-        both = coco_mask.merge([self.to_coco(as_bytes=True), other.to_coco(as_bytes=True)], intersect=True)
-        return int(coco_mask.area(both))
-
-    def iou(self, other: Mask) -> float:
-        """Intersection over union; 1.0 when both are empty."""
-        intersection = self.intersection(other)
-        union = self.area + other.area - intersection
-        return intersection / union if union else 1.0
+__all__ = [
+    "Batch",
+    "Box",
+    "Camera",
+    "Canvas",
+    "DepthPoint",
+    "Example",
+    "Mask",
+    "Prediction",
+    "Query",
+    "Sample",
+    "Size",
+    "Suffix",
+    "unique_by_id",
+]
 
 
 @dataclass(frozen=True)
@@ -188,7 +59,8 @@ class Query:
 
     Attributes:
         text: the referring expression or question.
-        masks: instance masks of the answer, whose union is the target; `()` means "labelled: no target", None "unlabelled".
+        masks: instance masks of the answer, whose union is the target; `()` means "labelled: no target", None
+            "unlabelled".
         boxes: `(x1, y1, x2, y2)` per instance, original pixels.
         points: pixels asked for, with metric depth when labelled.
         id: unique within its dataset.
@@ -409,8 +281,8 @@ class Prediction:
         mask: at original size.
         box: tight `(x1, y1, x2, y2)` of the mask, None when empty.
         score: confidence in [0, 1] that the target exists and the mask is right.
-        exists: False when the model answered that nothing fits, or gave no answer; a mask given all the same is what the
-            model would have drawn (some reference protocols score it).
+        exists: False when the model answered that nothing fits, or gave no answer; a mask given all the same is what
+            the model would have drawn (some reference protocols score it).
         depth: metres, for depth queries.
         trajectory: clicks and masks, for click policies.
         image: the original image, for `show` and `save`; not serialised.
@@ -515,6 +387,24 @@ class Prediction:
         else:
             raise ValueError(f"cannot save a prediction as '{path.suffix}'; use .json, .png (mask) or .jpg (overlay)")
         return path
+
+
+def _pixels_covered(counts: str) -> int:
+    """Sum of the runs of a compressed RLE (COCO `rleFrString`), -1 if it ends within a run.
+
+    pycocotools leaves the rest of a mask uninitialised when its runs are too few.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        chunk = ord(character) - 48
+        value |= (chunk & 0x1F) << shift
+        shift += 5
+        if not chunk & 0x20:
+            value -= (1 << shift) if chunk & 0x10 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return -1 if shift else sum(runs)
 
 
 def unique_by_id(predictions: Iterable[Prediction]) -> list[Prediction]:

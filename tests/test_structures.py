@@ -63,6 +63,9 @@ def test_mask_refuses():
     cases = [
         (lambda: Mask.from_coco(mask.to_coco(), (6, 4)), r"RLE size \(4, 6\) .* image size \(6, 4\); re-encode"),
         (lambda: Mask.from_coco({"size": [4, 6], "counts": [3]}, (4, 6)), "covers 3 pixels but the image has 24"),
+        (lambda: Mask.from_coco({"size": [4, 6], "counts": Mask.empty((4, 5)).counts}, (4, 6)), "covers 20 pixels"),
+        (lambda: Mask.from_coco({"size": [4, 6], "counts": Mask.empty((40, 60)).counts[:-1]}, (4, 6)), "covers -1"),
+        (lambda: Mask((4, 6), Mask.empty((4, 9)).counts).array, "Invalid RLE"),
         (lambda: Mask.from_coco({"counts": "x"}, (4, 6)), "needs the keys 'size' and 'counts'"),
         (lambda: Mask.from_coco([[1, 2, 3, 4]], (4, 6)), "no polygon with at least 3 points"),
         (lambda: Mask.from_array(np.zeros((1, 4, 6))), r"must be an \(H, W\) array"),

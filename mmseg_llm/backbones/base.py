@@ -152,7 +152,12 @@ class Backbone(nn.Module):
         )
 
     def extend(
-        self, prefix: Prefix, block: torch.Tensor, *, ids: torch.Tensor | None = None, embeds: torch.Tensor | None = None
+        self,
+        prefix: Prefix,
+        block: torch.Tensor,
+        *,
+        ids: torch.Tensor | None = None,
+        embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run more tokens on a cached prefix, which grows by them.
 
@@ -219,9 +224,7 @@ class Backbone(nn.Module):
         prefix.rollback(mark)
         return _unpack(tokens, states, lives, [len(row) for row in suffixes])
 
-    def _prompt_branches(
-        self, prefix: Prefix, suffixes: Sequence[Sequence[Sequence[int]]], first: int
-    ) -> torch.Tensor:
+    def _prompt_branches(self, prefix: Prefix, suffixes: Sequence[Sequence[Sequence[int]]], first: int) -> torch.Tensor:
         """Run the prompts of all branches; the state of the last token of each, `(B, K, D)`."""
         lengths = [sum(len(branch) for branch in row) for row in suffixes]
         shape = (len(suffixes), max(lengths))

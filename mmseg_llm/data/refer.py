@@ -153,6 +153,9 @@ def _read_refs(path: Path) -> tuple[list[dict[str, Any]], Path]:
         for key in ("ref_id", "ann_id", "image_id", "split", "sentences"):
             if key not in ref:
                 raise ValueError(f"{path}: reference {ref.get('ref_id', f'number {position}')} lacks '{key}'; add it")
+        for sentence in ref["sentences"]:
+            if "sent_id" not in sentence or "sent" not in sentence:
+                raise ValueError(f"{path}: a sentence of reference {ref['ref_id']} lacks 'sent_id' or 'sent'; add it")
     return refs, path
 
 

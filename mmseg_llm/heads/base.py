@@ -35,7 +35,7 @@ class Head(nn.Module):
     name: str = ""
     label_padding: int = -100
 
-    def bind(self, backbone: Backbone) -> None:  # noqa: B027 - heads without parameters need nothing
+    def bind(self, backbone: Backbone) -> None:
         """Create the parameters, whose sizes depend on the backbone, and check what the head relies on.
 
         Raises:

@@ -92,7 +92,7 @@ def expression_row(prediction: Prediction, query: Query) -> np.ndarray:
     name = f"prediction for query '{query.id or query.text}' of sample '{prediction.sample_id}'"
     if not prediction.sample_id:
         raise ValueError(f"{name} has no sample_id; set it, scores count each (sample id, query id) once")
-    if prediction.query_id != query.id:
+    if query.id and prediction.query_id != query.id:
         raise ValueError(f"{name} has the query_id '{prediction.query_id}'; pair each prediction with its own query")
     if prediction.mask is None and prediction.exists:
         raise ValueError(f"{name} has no mask; use a head that segments, or set exists=False for a rejection")
@@ -104,7 +104,7 @@ def expression_row(prediction: Prediction, query: Query) -> np.ndarray:
     box = mask.box if prediction.exists else None
     values = (
         stable_key(prediction.sample_id),
-        stable_key(query.id or query.text),
+        stable_key(query.id or prediction.query_id or query.text),
         mask.intersection(target),
         target.area,
         mask.area,

@@ -4,6 +4,7 @@ from mmseg_llm.data.synthetic.language import Expression, make_expressions
 from mmseg_llm.data.synthetic.levels import LEVELS, Level, get_level
 from mmseg_llm.data.synthetic.program import AmbiguousError, Facts, Thing, evaluate
 from mmseg_llm.data.synthetic.scene import Scene, make_scene
+from mmseg_llm.data.synthetic.writer import write_dataset
 
 __all__ = [
     "LEVELS",
@@ -17,4 +18,5 @@ __all__ = [
     "get_level",
     "make_expressions",
     "make_scene",
+    "write_dataset",
 ]

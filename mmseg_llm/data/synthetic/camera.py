@@ -1,7 +1,8 @@
 """The pinhole camera of solid scenes: where it stands, its rays, and where points of the world appear.
 
-World: origin on the ground below the camera, x right, y forward (horizontal), z up, metres. A pixel `(x, y)` looks along
-`((x - cx) / f, (y - cy) / f, 1)` in camera axes (right, down, forward), so a ray parameter is a planar depth.
+World: origin on the ground below the camera, x right, y forward (horizontal), z up, metres. A pixel `(x, y)`, whole
+numbers at pixel centres, looks along `((x - cx) / f, (y - cy) / f, 1)` in camera axes (right, down, forward), so a ray
+parameter is a planar depth.
 """
 
 from __future__ import annotations

@@ -188,13 +188,14 @@ class Speaker:
         """`all red shapes`, `the two circles`, `the red circle and the blue square`, `the circles left of the star`."""
         if self.rng.random() < 0.25:
             return self._pair()
-        program: Select | Related = self._group()
+        group = self._group()
+        program: Select | Related = group
         anchor = self._anchor() if "relation" in self.level.families and self.rng.random() < 0.3 else None
         is_use = "question" in self.level.families and self.rng.random() < 0.25
         if is_use:
             program = Select(use=pick(self.rng, tuple(USES)))
         elif anchor is not None:
-            program = Related(pick(self.rng, self.relations), program, anchor)
+            program = Related(pick(self.rng, self.relations), group, anchor)
         try:
             found = tuple(sorted(evaluate(program, self.facts)))
         except AmbiguousError:

@@ -26,7 +26,7 @@ class Level:
         no_target_share, multi_target_share: expected share of the queries.
         max_expressions: most queries per scene.
         synonyms: whether shapes go by several nouns ("ball" for "sphere").
-        separation: smallest distance of two centres over the sum of their radii; below 1 shapes may overlap (flat only).
+        separation: smallest distance of two centres over the sum of their radii; below 1 they may overlap (flat only).
         min_visible: smallest visible fraction of an object; what shows less is taken out of the scene.
         depth_range: metres between which objects stand (solid only).
     """

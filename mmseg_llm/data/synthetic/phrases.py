@@ -61,8 +61,8 @@ _RANK_QUESTIONS = {
     "far": ("which object is farthest from the camera", "the object that is the longest walk away"),
     "tall": ("which object is the tallest", "the object that sticks up the highest"),
     "short": ("which object is the shortest", "the object that is lowest in height"),
-    "left": ("which object is at the far left", "the object with nothing to its left"),
-    "right": ("which object is at the far right", "the object with nothing to its right"),
+    "left": ("which object is at the far left", "the object at the left end of the scene"),
+    "right": ("which object is at the far right", "the object at the right end of the scene"),
     "largest": ("which object is the biggest", "the object that would fill the largest parcel"),
     "smallest": ("which object is the smallest", "the object that is easiest to hide in a pocket"),
 }

@@ -1,7 +1,7 @@
 """Rays against primitives that stand on the ground, in closed form.
 
-Local frame of a primitive: origin at the centre of its base, z up, turned by its yaw. `r` is half the width, `height` the
-extent along z. Cameras are above all tops and outside all objects, so bases are never seen.
+Local frame of a primitive: origin at the centre of its base, z up, turned by its yaw. `r` is half the width, `height`
+the extent along z. Cameras are above all tops and outside all objects, so bases are never seen.
 
 Legend: h w pixels of a window, P pixels.
 """

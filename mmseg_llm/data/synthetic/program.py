@@ -1,7 +1,8 @@
 """What a referring expression means: a small program over the facts of a scene that evaluates to the objects meant.
 
-A program only evaluates when its meaning is beyond doubt: a superlative must win by a margin, a relation must hold or fail by
-a margin, and where a word could be read in two ways (size in metres or in the picture) both readings must agree.
+A program only evaluates when its meaning is beyond doubt: a superlative must win by a margin, a relation must hold or
+fail by a margin, and where a word could be read in two ways (size in metres or in the picture) both readings must
+agree.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def scene_record(scene: Scene, file_name: str, split: str) -> dict[str, Any]:
     """What of a scene goes into the files, in builtin types only, before ids are known."""
-    height, width = scene.owner.shape
+    height, width = scene.instances.shape
     camera = scene.camera
     return {
         "file_name": file_name,
@@ -20,7 +20,7 @@ def scene_record(scene: Scene, file_name: str, split: str) -> dict[str, Any]:
         "width": int(width),
         "things": [
             {"shape": thing.shape, "area": thing.area, "box": list(thing.box), "rle": rle.to_coco()}
-            for thing, rle in zip(scene.facts.things, scene.rles, strict=True)
+            for thing, rle in zip(scene.facts.things, scene.encoded_masks(), strict=True)
         ],
         "expressions": [(e.text, list(e.targets), e.family) for e in scene.expressions],
         "camera": None if camera is None else {name: getattr(camera, name) for name in ("fx", "fy", "cx", "cy")},

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from mmseg_llm.data.synthetic.flat import FlatObject
 
+GENERATOR_VERSION = 1
+"""To be raised with every change of what a seed shows, so that stale datasets are told apart."""
 _MIN_PIXELS = 12
 _ATTEMPTS = 50
 
@@ -34,7 +36,7 @@ class Scene:
     """A picture and everything that is known about it.
 
     Attributes:
-        id: `<level>/<seed>/<index>`.
+        id: `<level>/<seed>/<index>`, with `<stream>` before the index where there is one.
         image: uint8 `(H, W, 3)`.
         instances: uint8 `(H, W)`, 0 where there is no object and k + 1 where object k is visible.
         facts: the visible objects with attributes, boxes and positions.
@@ -65,6 +67,12 @@ class Scene:
     def categories(self) -> tuple[str, ...]:
         """Shape name of each object."""
         return tuple(thing.shape for thing in self.facts.things)
+
+    @property
+    def attributes(self) -> tuple[dict[str, str], ...]:
+        """Shape, colour, texture and (where the level speaks of it) size of each object, as words."""
+        names = ("shape", "colour", "texture", "size")
+        return tuple({n: getattr(thing, n) for n in names if getattr(thing, n)} for thing in self.facts.things)
 
     def encoded_masks(self) -> tuple[Mask, ...]:
         """Visible pixels of each object as run-length encoding."""
@@ -148,31 +156,34 @@ def _facts(render: _Render) -> Facts:
     return Facts(tuple(things), render.owner.shape[0])
 
 
-def make_scene(level: Level | str, seed: int, index: int) -> Scene:
+def make_scene(level: Level | str, seed: int, index: int, stream: str = "") -> Scene:
     """Scene number `index` of the world with this seed: the same on any machine and any number of workers.
 
     Args:
         level: a difficulty or its name.
         seed: world, not negative.
         index: which scene, not negative.
+        stream: name of an independent sequence of scenes of the same world, such as a split.
 
     Raises:
         ValueError: for an unknown level or a negative seed or index.
     """
     level = get_level(level)
     if seed < 0 or index < 0:
-        raise ValueError(f"seed {seed} and index {index} must not be negative")
-    rng = np.random.default_rng([zlib.crc32(level.name.encode()), seed, index])
+        raise ValueError(f"seed {seed} and index {index} must not be negative; count from 0")
+    # Names enter as checksums: seed sequences take integers, and Python's own hashes change from run to run.
+    names = [zlib.crc32(name.encode()) for name in (level.name, stream) if name]
+    rng = np.random.default_rng([names[0], seed, index, *names[1:]])
     render_level = _render_flat if level.renderer == "flat" else _render_solid
     for _ in range(_ATTEMPTS):
         render = render_level(level, rng)
         if render.objects:
             break
     else:
-        raise ValueError(f"level '{level.name}' placed no visible object in {_ATTEMPTS} attempts; make its objects larger")
+        raise ValueError(f"level '{level.name}' places no visible object; make its sizes fit {level.size} pixels")
     facts = _facts(render)
     return Scene(
-        id=f"{level.name}/{seed}/{index}",
+        id="/".join(filter(None, (level.name, str(seed), stream, str(index)))),
         image=render.image,
         instances=(render.owner + 1).astype(np.uint8),
         facts=facts,

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from mmseg_llm.data.synthetic.camera import Viewpoint
     from mmseg_llm.data.synthetic.solid import Buffers, SolidObject
 
-_GROUNDS = ((150.0, 146.0, 140.0), (172.0, 160.0, 140.0), (128.0, 136.0, 144.0), (188.0, 186.0, 182.0), (140.0, 150.0, 134.0))
+_GROUNDS = (
+    (150.0, 146.0, 140.0),
+    (172.0, 160.0, 140.0),
+    (128.0, 136.0, 144.0),
+    (188.0, 186.0, 182.0),
+    (140.0, 150.0, 134.0),
+)
 _SKIES = ((196.0, 214.0, 232.0), (226.0, 224.0, 220.0), (206.0, 206.0, 214.0), (232.0, 220.0, 206.0))
 _AMBIENT, _DIFFUSE, _HIGHLIGHT = 0.46, 0.66, 60.0
 _SHADOW = 0.55
@@ -55,7 +61,12 @@ def choose_look(size: int, rng: np.random.Generator) -> Look:
     grain = rng.standard_normal((size, size), dtype=np.float32)
     pattern = pick(rng, ("plain", "tiles", "planks"))
     return Look(
-        light, pick(rng, _GROUNDS), pick(rng, _SKIES), pattern, uniform(rng, (0.5, 1.0)), mottle + grain * np.float32(0.014)
+        light,
+        pick(rng, _GROUNDS),
+        pick(rng, _SKIES),
+        pattern,
+        uniform(rng, (0.5, 1.0)),
+        mottle + grain * np.float32(0.014),
     )
 
 

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 40.0  # metres; farther ground is hazy and unlabelled
 _PLACEMENT_TRIES = 40
-_ASPECTS = {"sphere": (1.0, 1.0), "cube": (1.0, 1.0), "cylinder": (0.9, 1.45), "cone": (1.0, 1.5), "pyramid": (0.8, 1.2)}
+_ASPECTS = {
+    "sphere": (1.0, 1.0),
+    "cube": (1.0, 1.0),
+    "cylinder": (0.9, 1.45),
+    "cone": (1.0, 1.5),
+    "pyramid": (0.8, 1.2),
+}
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,7 @@ class MaskDecoderHead(Head):
             losses["_seg_accuracy"] = (answered == (~is_seg).long()).float().mean()
         return losses
 
-    def _mask_loss(
-        self, logits: torch.Tensor, targets: Sequence[np.ndarray], num_rows: int
-    ) -> dict[str, torch.Tensor]:
+    def _mask_loss(self, logits: torch.Tensor, targets: Sequence[np.ndarray], num_rows: int) -> dict[str, torch.Tensor]:
         if not targets:  # keep the parameters in the graph, so that distributed training does not wait for them
             return {"focal": logits.sum() * 0.0, "dice": logits.sum() * 0.0}
         if self.loss_rule == "official":
