@@ -161,3 +161,21 @@ class Mask:
         intersection = self.intersection(other)
         union = self.area + other.area - intersection
         return intersection / union if union else 1.0
+
+
+def _pixels_covered(counts: str) -> int:
+    """Sum of the runs of a compressed RLE (COCO `rleFrString`), -1 if it ends within a run.
+
+    pycocotools leaves the rest of a mask uninitialised when its runs are too few.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        chunk = ord(character) - 48
+        value |= (chunk & 0x1F) << shift
+        shift += 5
+        if not chunk & 0x20:
+            value -= (1 << shift) if chunk & 0x10 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return -1 if shift else sum(runs)

@@ -301,6 +301,11 @@ class Prediction:
     trajectory: tuple[Any, ...] = ()
     image: str | Path | Image.Image | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def answer_mask(self) -> Mask:
+        """What the model answers: its mask, or an empty one where it says that nothing fits (`exists` is False)."""
+        return self.mask if self.exists and self.mask is not None else Mask.empty(self.size)
+
     def to_json(self) -> dict[str, Any]:
         """A plain dict for JSON, from which `from_json` restores everything but the image."""
         return {
@@ -342,9 +347,9 @@ class Prediction:
             raise ValueError(f"prediction record lacks the field {error}; write it with Prediction.to_json") from error
 
     def to_coco(self, image_id: int | str | None = None, category_id: int = 1) -> dict[str, Any]:
-        """A COCO result entry (`bbox` is xywh); an empty mask gives an empty RLE and a zero box."""
-        x1, y1, x2, y2 = self.box or (0.0, 0.0, 0.0, 0.0)
-        mask = self.mask or Mask.empty(self.size)
+        """A COCO result entry (`bbox` is xywh); a rejection or empty mask gives an empty RLE and a zero box."""
+        x1, y1, x2, y2 = (self.box if self.exists else None) or (0.0, 0.0, 0.0, 0.0)
+        mask = self.answer_mask
         return {
             "image_id": self.sample_id if image_id is None else image_id,
             "category_id": category_id,
@@ -380,31 +385,12 @@ class Prediction:
         if path.suffix == ".json":
             path.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1), encoding="utf-8")
         elif path.suffix == ".png":
-            mask = self.mask or Mask.empty(self.size)
-            Image.fromarray(mask.array.astype(np.uint8) * 255).save(path)
+            Image.fromarray(self.answer_mask.array.astype(np.uint8) * 255).save(path)
         elif path.suffix in {".jpg", ".jpeg"}:
             self.show().save(path, quality=92)
         else:
             raise ValueError(f"cannot save a prediction as '{path.suffix}'; use .json, .png (mask) or .jpg (overlay)")
         return path
-
-
-def _pixels_covered(counts: str) -> int:
-    """Sum of the runs of a compressed RLE (COCO `rleFrString`), -1 if it ends within a run.
-
-    pycocotools leaves the rest of a mask uninitialised when its runs are too few.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts:
-        chunk = ord(character) - 48
-        value |= (chunk & 0x1F) << shift
-        shift += 5
-        if not chunk & 0x20:
-            value -= (1 << shift) if chunk & 0x10 else 0
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return -1 if shift else sum(runs)
 
 
 def unique_by_id(predictions: Iterable[Prediction]) -> list[Prediction]:

@@ -115,8 +115,9 @@ def test_prediction_to_coco():
     entry = prediction(array).to_coco()
     assert (entry["image_id"], entry["bbox"], entry["area"], entry["score"]) == ("s", [2, 1, 5, 3], 15, 0.25)
     assert Mask.from_coco(entry["segmentation"], (6, 8)).area == 15
-    empty = Prediction("x", (6, 8), exists=False).to_coco(image_id=3)
-    assert (empty["image_id"], empty["bbox"], empty["area"]) == (3, [0, 0, 0, 0], 0)
+    for rejected in (Prediction("x", (6, 8), exists=False), prediction(array, exists=False)):
+        empty = rejected.to_coco(image_id=3)
+        assert (empty["image_id"], empty["bbox"], empty["area"]) == (3, [0, 0, 0, 0], 0)
 
 
 def test_prediction_save(tmp_path):

@@ -139,23 +139,11 @@ def convert_config(chat: dict[str, Any]) -> dict[str, Any]:
     }
     if architecture not in families:
         raise ValueError(f"language model '{architecture}' is not supported; supported: {', '.join(families)}")
-    kept = [
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-        "vocab_size",
-        "hidden_act",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_theta",
-        "rope_scaling",
-        "head_dim",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    ]
+    kept = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        *("vocab_size", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
+        *("head_dim", "bos_token_id", "eos_token_id", "pad_token_id"),
+    )
     text = {key: llm[key] for key in kept if llm.get(key) is not None}
     if text.get("rope_scaling"):
         scaling = dict(text.pop("rope_scaling"))

@@ -192,7 +192,7 @@ def test_two_processes_equal_one(tmp_path):
     for worker in workers:
         worker.start()
     try:
-        gathered = [queue.get(timeout=60) for _ in workers]
+        gathered = [queue.get(timeout=240) for _ in workers]
     finally:
         for worker in workers:
             worker.join(20)

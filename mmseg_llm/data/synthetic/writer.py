@@ -36,8 +36,8 @@ def write_dataset(
     """Write a dataset of `splits` name -> number of images; returns at once where it is there already.
 
     Below `root`: `instances.json` (COCO), `refs(synthetic).p` and its twin `.json` (expressions with one target,
-    RefCOCO layout), `grefs(synthetic).json` (all expressions, gRefCOCO layout), `images/`, `questions.jsonl` (one line per
-    image), `dataset.json` (manifest); solid levels add `depth/` (16-bit PNG, millimetres, 0 unlabelled) and
+    RefCOCO layout), `grefs(synthetic).json` (all expressions, gRefCOCO layout), `images/`, `questions.jsonl` (one line
+    per image), `dataset.json` (manifest); solid levels add `depth/` (16-bit PNG, millimetres, 0 unlabelled) and
     `intrinsics.json`. The content depends on level, splits and seed, not on `workers`. Read it with
     `ReferDataset(root=root, split_by="synthetic", split=..., grefs=True)`.
 
