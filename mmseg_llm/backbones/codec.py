@@ -206,7 +206,9 @@ class Codec:
         """
         if canvas.size != self.geometry.image_size:
             raise ValueError(f"canvas of size {canvas.size} given to a backbone that takes {self.geometry.image_size}")
-        values = np.asarray(canvas.image, np.float32) * np.float32(1 / 255)  # (h, w, 3)
+        # scaled in float64 and then rounded, bit for bit as the stock image processors do it
+        levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+        values = levels[np.asarray(canvas.image, np.uint8)]  # (h, w, 3)
         values = (values - np.float32(self.geometry.mean)) / np.float32(self.geometry.std)
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 

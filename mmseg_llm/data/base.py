@@ -110,3 +110,31 @@ def read_json(path: Path) -> Any:
     finally:
         if collects:
             gc.enable()
+
+
+class Subset(SampleDataset):
+    """The first samples of a dataset.
+
+    Args:
+        dataset: the whole.
+        count: how many to keep.
+
+    Raises:
+        ValueError: if `count` is not positive.
+    """
+
+    def __init__(self, dataset: SampleDataset, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"a subset of {count} samples is empty; keep at least one")
+        self.dataset, self.count = dataset, min(count, len(dataset))
+        self.name, self.skipped = f"{dataset.name}[:{self.count}]", dataset.skipped
+
+    def __len__(self) -> int:
+        """Number of samples kept."""
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`."""
+        if not -self.count <= index < self.count:
+            raise IndexError(index)
+        return self.dataset[index % self.count]

@@ -1,0 +1,261 @@
+"""Command line: `mmseg-llm train|evaluate|predict|data|bench|doctor`. The signatures below are the schema and the help.
+
+Heavy libraries are imported inside the verbs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def evaluate(
+    *,
+    checkpoint: Path,
+    data: Path,
+    output: Path,
+    protocol: Literal["generate", "per_expression", "official"] = "generate",
+    split: Literal["train", "val", "test"] = "test",
+    head: str | None = None,
+    metric: str | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    max_samples: int | None = None,
+) -> None:
+    """Score a checkpoint on a dataset; writes scores, protocol and every prediction as RLE.
+
+    Args:
+        checkpoint: run folder.
+        data: data config (configs/data/*.yaml).
+        output: JSON file to write.
+        protocol: how the head answers.
+        split: which dataset of the data config.
+        head: name of the head; the first one by default.
+        metric: rules of the metric; by default clean, or the reference's own with protocol official.
+        batch_size: images at once; the scores do not depend on it.
+        device: cpu, cuda, ...; a GPU where there is one by default.
+        max_samples: score the first images only.
+    """
+    from mmseg_llm.data.base import Subset
+    from mmseg_llm.evaluation import evaluate as run
+    from mmseg_llm.evaluation import format_report
+    from mmseg_llm.inference.perceiver import Perceiver
+    from mmseg_llm.training.config import read_data
+
+    dataset = read_data(data).dataset(split)
+    if max_samples is not None:
+        dataset = Subset(dataset, max_samples)
+    model = Perceiver.from_pretrained(checkpoint, device=device).model
+    report = run(model, dataset, output, protocol=protocol, head=head, batch_size=batch_size, metric=metric)
+    if report:
+        print(format_report(report))
+        print(f"{'written':>16}: {output}")
+
+
+def score(*, predictions: Path, metric: str | None = None) -> None:
+    """Compute the scores of a predictions file again.
+
+    Args:
+        predictions: file written by evaluate.
+        metric: other rules than those of the file.
+    """
+    from mmseg_llm.evaluation import format_report, score_file
+
+    print(format_report(score_file(predictions, metric)))
+
+
+def predict(
+    *,
+    checkpoint: Path,
+    image: Path,
+    query: list[str],
+    output: Path,
+    head: str | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> None:
+    """Answer queries about an image or a folder of images: overlays, mask PNGs and one COCO JSON.
+
+    Args:
+        checkpoint: run folder.
+        image: file or folder.
+        query: expression, such as "the red cube"; repeat --query for more.
+        output: folder to write.
+        head: name of the head; the first one by default.
+        batch_size: images at once.
+        device: cpu, cuda, ...; a GPU where there is one by default.
+    """
+    from mmseg_llm.inference.outputs import write_predictions
+    from mmseg_llm.inference.perceiver import Perceiver
+
+    for text in query:
+        if not text.strip(" ."):
+            raise ValueError(f"query {text!r} is empty; give an expression such as 'the red cube'")
+    files = sorted(p for p in image.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if image.is_dir() else [image]
+    if not files:
+        raise ValueError(f"folder {image} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    perceiver = Perceiver.from_pretrained(checkpoint, device=device)
+    answers = perceiver.predict_many(((path, query) for path in files), head=head, batch_size=batch_size)
+    for path, predictions in zip(files, write_predictions(answers, files, output), strict=True):
+        for item in predictions:
+            found = f"{item.mask.area if item.mask else 0} px" if item.exists else "no target"
+            print(f"{path.name}: {item.query}: {found}, score {item.score:.3f}")
+    print(f"written: {output}")
+
+
+def data_synthetic(
+    *,
+    output: Path,
+    level: str = "flat-96",
+    train: int = 6000,
+    val: int = 64,
+    test: int = 300,
+    seed: int = 0,
+    workers: int = 1,
+) -> None:
+    """Write a synthetic dataset as COCO instances and RefCOCO references; returns at once if it is there already.
+
+    Args:
+        output: folder to write.
+        level: difficulty, from flat-96 to scene-448.
+        train: scenes.
+        val: scenes.
+        test: scenes.
+        seed: of the scenes.
+        workers: processes.
+    """
+    from mmseg_llm.data.synthetic.writer import write_dataset
+
+    splits = {name: count for name, count in (("train", train), ("val", val), ("test", test)) if count}
+    report = write_dataset(output, level, splits, seed=seed, workers=workers)
+    print(f"{output}: {report['counts']['images']} images, {report['counts']['expressions']} expressions")
+
+
+def data_describe(*, data: Path) -> None:
+    """Count what a data config offers, and what it skips.
+
+    Args:
+        data: data config (configs/data/*.yaml).
+    """
+    from mmseg_llm.training.config import read_data
+
+    module = read_data(data)
+    for split in ("train", "val", "test"):
+        if getattr(module, split) is not None:
+            print(json.dumps({split: module.dataset(split).describe()}))
+
+
+def bench(
+    *,
+    checkpoint: Path | None = None,
+    images: int = 16,
+    queries: int = 6,
+    level: str = "flat-96",
+    output: Path | None = None,
+    threads: int = 0,
+) -> None:
+    """Time the parts and compare shared-prefix inference with one expression at a time.
+
+    Args:
+        checkpoint: run folder; an untrained tiny model by default.
+        images: synthetic images timed.
+        queries: expressions per image.
+        level: of the synthetic scenes.
+        output: JSON file to write.
+        threads: CPU threads; 0 takes all cores.
+    """
+    from mmseg_llm.bench import run_bench
+
+    run_bench(checkpoint, images, queries, level, output, threads)
+
+
+def doctor() -> None:
+    """Print versions, hardware and which optional parts are missing."""
+    from mmseg_llm.doctor import report
+
+    print(report())
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train, validate or test from a config: `train fit --config configs/quickstart.yaml`."""
+    from mmseg_llm.training.cli import train as run
+
+    run(arguments)
+
+
+VERBS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
+    "evaluate": evaluate,
+    "score": score,
+    "predict": predict,
+    "data": {"synthetic": data_synthetic, "describe": data_describe},
+    "bench": bench,
+    "doctor": doctor,
+}
+
+
+def find_configs(arguments: Sequence[str]) -> list[str]:
+    """Let `configs/...` paths that are not in the working directory name the configs that ship with the package."""
+    shipped = Path(__file__).parent / "configs"
+    root = shipped if shipped.is_dir() else Path(__file__).parent.parent / "configs"
+    found = []
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        path = Path(value)
+        inside = root.joinpath(*path.parts[1:]) if path.parts[:1] == ("configs",) else None
+        if inside is not None and not path.exists() and inside.is_file():
+            value = str(inside)
+        found.append(f"{option}{equals}{value}")
+    return found
+
+
+def usage() -> str:
+    """The verbs with their first lines."""
+    lines = ["usage: mmseg-llm VERB ...   (mmseg-llm VERB --help for its options)", ""]
+    for name, entry in [("train", train), *VERBS.items()]:
+        summary = (
+            "Make and inspect datasets: synthetic, describe." if isinstance(entry, dict) else entry.__doc__ or ""
+        )
+        lines.append(f"  {name:<10} {summary.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; user errors become one sentence and exit status 2."""
+    words = find_configs(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in {"-h", "--help"}:
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from mmseg_llm import __version__
+
+        print(__version__)
+        return 0
+    if words[0] not in {"train", *VERBS}:
+        print(f"error: no verb '{words[0]}'; use one of {', '.join(['train', *VERBS])}", file=sys.stderr)
+        return 2
+    try:
+        if words[0] == "train":
+            train(words[1:])
+        else:
+            _run(VERBS[words[0]], words)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(entry: Callable[..., Any] | dict[str, Callable[..., Any]], words: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    # `--query a --query b` is the natural way to repeat; jsonargparse appends with a plus
+    rest = ["--query+" if word == "--query" else word.replace("--query=", "--query+=", 1) for word in words[1:]]
+    auto_cli(entry, args=rest, as_positional=False, prog=f"mmseg-llm {words[0]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

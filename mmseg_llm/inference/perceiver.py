@@ -1,0 +1,95 @@
+"""Perceiver: images and sentences in, predictions out. The same model and the same `predict` as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmseg_llm.geometry import load_image
+from mmseg_llm.structures import Prediction, Query, Sample
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mmseg_llm.model import PerceptionModel
+
+
+class Perceiver:
+    """A trained model for use.
+
+    Args:
+        model: backbone and heads.
+    """
+
+    def __init__(self, model: PerceptionModel) -> None:
+        self.model = model.eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str | None = None, dtype: str | None = None) -> Perceiver:
+        """Load a run folder.
+
+        Args:
+            source: folder written by training.
+            device: `cpu`, `cuda`, ...; a GPU where there is one when None.
+            dtype: `float32`, `bfloat16` or `float16`; as saved when None.
+
+        Raises:
+            ValueError: if the folder is no run, or its weights do not fit.
+        """
+        import torch
+
+        from mmseg_llm.training.checkpoint import load_model
+
+        model = load_model(source)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(device=device, dtype=getattr(torch, dtype) if dtype else None))
+
+    def predict(
+        self, image: str | Path | Image.Image, queries: Sequence[str] | str, *, head: str | None = None
+    ) -> list[Prediction]:
+        """Answer queries about one image; N queries give N predictions in order.
+
+        Args:
+            image: path or PIL image.
+            queries: expressions such as `"the red cube"`.
+            head: name of the head; the first one when None.
+
+        Raises:
+            ValueError: for an image that cannot be read or an empty query.
+        """
+        texts = [queries] if isinstance(queries, str) else list(queries)
+        return next(iter(self.predict_many([(image, texts)], head=head)))
+
+    def predict_many(
+        self,
+        requests: Iterable[tuple[str | Path | Image.Image, Sequence[str]]],
+        *,
+        head: str | None = None,
+        batch_size: int = 8,
+    ) -> Iterator[list[Prediction]]:
+        """Stream over many images, `batch_size` of them at once; one list of predictions per request, in order."""
+        batch: list[Sample] = []
+        for number, (image, texts) in enumerate(requests):
+            batch.append(_sample(image, texts, number))
+            if len(batch) == batch_size:
+                yield from self._answer(batch, head)
+                batch = []
+        if batch:
+            yield from self._answer(batch, head)
+
+    def _answer(self, samples: Sequence[Sample], head: str | None) -> Iterator[list[Prediction]]:
+        predictions = iter(self.model.predict(samples, head))
+        for sample in samples:
+            yield [next(predictions) for _ in sample.queries]
+
+
+def _sample(image: str | Path | Image.Image, texts: Sequence[str], number: int) -> Sample:
+    """A request as a sample; the id is the file name where there is one."""
+    loaded = load_image(image)
+    for text in texts:
+        if not text.strip(" ."):
+            raise ValueError(f"query {text!r} is empty; give an expression such as 'the red cube'")
+    name = Path(image).name if isinstance(image, str | Path) else f"image_{number}"
+    queries = tuple(Query(text=text, id=str(i)) for i, text in enumerate(texts))
+    return Sample(image=loaded, size=(loaded.height, loaded.width), queries=queries, id=name)
