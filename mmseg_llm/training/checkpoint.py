@@ -60,7 +60,7 @@ def load_model(folder: str | Path, attention: str | None = None) -> PerceptionMo
         arguments["attention"] = attention
     model = build_model(settings)
     _load_strictly(model, folder / WEIGHTS)
-    return model.eval()
+    return model.to(model.backbone.model.dtype).eval()
 
 
 def read_model_settings(path: Path) -> dict[str, Any]:

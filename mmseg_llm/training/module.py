@@ -61,6 +61,9 @@ class PerceptionModule(LightningModule):
     ) -> None:
         super().__init__()
         self.model = PerceptionModel(backbone, heads)
+        for parameter in self.model.parameters():  # optimisers need float32 masters; what is frozen stays small
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         self.optimization = optimization or Optimization()
         self.protocol = protocol
         self.metric = ReferringSegmentation(metric)
@@ -94,7 +97,7 @@ class PerceptionModule(LightningModule):
         scores = self.metric.compute()
         self.metric.reset()
         for name, value in scores.items():
-            if not math.isnan(value):
+            if not math.isnan(value) and not name.startswith("num_"):
                 self.log(f"val/{name}", float(value), prog_bar=name in {"cIoU", "gIoU"}, rank_zero_only=True)
 
     def test_step(self, samples: list[Sample], batch_index: int) -> None:
