@@ -238,13 +238,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in {"train", *VERBS}:
         print(f"error: no verb '{words[0]}'; use one of {', '.join(['train', *VERBS])}", file=sys.stderr)
         return 2
+    from jsonargparse import ArgumentError
+
     try:
         if words[0] == "train":
             train(words[1:])
         else:
             _run(VERBS[words[0]], words)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, ArgumentError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -254,7 +256,7 @@ def _run(entry: Callable[..., Any] | dict[str, Callable[..., Any]], words: list[
 
     # `--query a --query b` is the natural way to repeat; jsonargparse appends with a plus
     rest = ["--query+" if word == "--query" else word.replace("--query=", "--query+=", 1) for word in words[1:]]
-    auto_cli(entry, args=rest, as_positional=False, prog=f"mmseg-llm {words[0]}")
+    auto_cli(entry, args=rest, as_positional=False, prog=f"mmseg-llm {words[0]}", exit_on_error=False)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,7 @@ class _Builder:
         if is_random:
             model = self._build(config)
         else:
+            _weight_files(folder)  # raises without any
             model, info = InternVLForConditionalGeneration.from_pretrained(
                 folder, dtype=self.dtype, attn_implementation=self.attention, output_loading_info=True
             )
@@ -256,12 +257,16 @@ def read_shards(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
     """
     from safetensors.torch import load_file
 
-    safe = sorted(folder.glob("*.safetensors"))
-    binary = sorted(folder.glob("pytorch_model*.bin"))
-    if not safe and not binary:
+    for path in _weight_files(folder):
+        is_safe = path.suffix == ".safetensors"
+        yield load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
         raise ValueError(f"folder {folder} has no *.safetensors and no pytorch_model*.bin; download the weights too")
-    for path in safe or binary:
-        yield load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    return files
 
 
 def _missing(folder: Path, missing: Sequence[str], unexpected: Sequence[str] = ()) -> str:

@@ -90,5 +90,5 @@ def train(arguments: Sequence[str] | None = None) -> PerceptionCLI:
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        parser_kwargs={"description": "Train a perception model"},
+        parser_kwargs={"exit_on_error": False},
     )

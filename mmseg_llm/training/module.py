@@ -40,6 +40,9 @@ class Optimization:
     final: float = 0.0
 
 
+DEFAULT_OPTIMIZATION = Optimization()
+
+
 class PerceptionModule(LightningModule):
     """Trains and validates a backbone with its heads.
 
@@ -55,7 +58,7 @@ class PerceptionModule(LightningModule):
         self,
         backbone: Backbone,
         heads: dict[str, Head],
-        optimization: Optimization | None = None,
+        optimization: Optimization = DEFAULT_OPTIMIZATION,
         protocol: str = "generate",
         metric: str = "clean",
     ) -> None:
@@ -64,7 +67,7 @@ class PerceptionModule(LightningModule):
         for parameter in self.model.parameters():  # optimisers need float32 masters; what is frozen stays small
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        self.optimization = optimization or Optimization()
+        self.optimization = optimization
         self.protocol = protocol
         self.metric = ReferringSegmentation(metric)
         self.shown: list[tuple[Sample, Prediction, int]] = []

@@ -102,6 +102,10 @@ class MaskDecoder(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1 and not parameter.is_meta:
                 nn.init.xavier_uniform_(parameter)
+        for block in (self.ca_layer_v2l, self.ca_layer_vl):
+            for linear in (block.decoder.layers[0].linear1, block.decoder.layers[0].linear2):
+                if not linear.bias.is_meta:
+                    nn.init.zeros_(linear.bias)
         offset = self.upsample_adapter_l.offset
         if not offset.weight.is_meta:
             nn.init.zeros_(offset.bias)

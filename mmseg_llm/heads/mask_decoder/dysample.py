@@ -49,10 +49,7 @@ class DySample(nn.Module):
         grid = (2 * (fine + offset) / size - 1).permute(0, 2, 3, 4, 1).flatten(0, 1)  # (B G, s H, s W, 2)
         # bf16 on CPU gave NaN on non-contiguous single images
         groups = x.reshape(batch * self.groups, -1, height, width).contiguous()
-        if grid.dtype != groups.dtype:
-            sampled = _sample(groups.to(grid.dtype), grid).to(groups.dtype)
-        else:
-            sampled = _sample(groups, grid)
+        sampled = _sample(groups.to(grid.dtype), grid).to(groups.dtype)
         return sampled.reshape(batch, -1, self.scale * height, self.scale * width)
 
     @staticmethod

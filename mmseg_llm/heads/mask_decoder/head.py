@@ -183,9 +183,13 @@ class MaskDecoderHead(Head):
         is_seg = batch.ids[batch.slot_rows, batch.slot_positions] == self.seg_id
         image_states = gather(states, batch.image_positions - 1)
         cache = self.decoder.encode_image(output.features.patches, image_states)  # (B, P, C)
-        logits = self.decoder.decode(cache[batch.slot_rows[is_seg]], slot_states[is_seg])  # (Q', h, w)
-        targets = [target for target, seg in zip(batch.targets, is_seg.tolist(), strict=True) if seg]
-        losses |= self._mask_loss(logits, targets, len(batch.targets))
+        if is_seg.any():
+            logits = self.decoder.decode(cache[batch.slot_rows[is_seg]], slot_states[is_seg])  # (Q', h, w)
+            targets = [target for target, seg in zip(batch.targets, is_seg.tolist(), strict=True) if seg]
+            losses |= self._mask_loss(logits, targets, len(batch.targets))
+        else:  # keep the parameters in the graph, so that distributed training does not wait for them
+            zero = 0.0 * (cache.sum() + sum(parameter.sum() for parameter in self.decoder.parameters()))
+            losses |= {"focal": zero, "dice": zero}
         losses = {name: self.weights[name] * value for name, value in losses.items()}
         with torch.no_grad():
             answered = backbone.logits(slot_states)[:, [self.seg_id, self.rej_id]].argmax(-1)
@@ -193,8 +197,6 @@ class MaskDecoderHead(Head):
         return losses
 
     def _mask_loss(self, logits: torch.Tensor, targets: Sequence[np.ndarray], num_rows: int) -> dict[str, torch.Tensor]:
-        if not targets:  # keep the parameters in the graph, so that distributed training does not wait for them
-            return {"focal": logits.sum() * 0.0, "dice": logits.sum() * 0.0}
         if self.loss_rule == "official":
             arrays = [torch.as_tensor(target, device=logits.device) for target in targets]
             return official_mask_loss(list(logits), arrays, num_rows)

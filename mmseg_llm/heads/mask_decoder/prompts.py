@@ -26,7 +26,8 @@ class AnswerStyle:
         """The answer to several expressions as text and control tokens."""
         pieces: list[str] = [self.start if self.is_tight else f"{self.start} "]
         for i, (expression, slot) in enumerate(zip(expressions, slots, strict=True)):
-            before, _, after = self.part.replace("{c}", expression).partition("{slot}")
+            # split first: an expression may contain "{slot}" itself
+            before, after = (side.replace("{c}", expression) for side in self.part.split("{slot}"))
             pieces += [", " + before if i else before, slot, after]
         return [*pieces, "."]
 

@@ -125,7 +125,9 @@ def chat_config(meta: dict[str, Any]) -> dict[str, Any]:
         "model_type": "internvl_chat",
         "llm_config": {"architectures": [name], **llm},
         "vision_config": {
-            **{key: vision[key] for key in ("hidden_size", "image_size", "intermediate_size", "patch_size", "qkv_bias")},
+            **{
+                key: vision[key] for key in ("hidden_size", "image_size", "intermediate_size", "patch_size", "qkv_bias")
+            },
             "num_attention_heads": vision["num_attention_heads"],
             "num_hidden_layers": vision["num_hidden_layers"],
             "qk_normalization": vision["qk_norm"],
