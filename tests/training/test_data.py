@@ -1,0 +1,114 @@
+"""Loading: shares of ranks, seeds, and what a data config offers."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmseg_llm.backbones import InternVLBackbone
+from mmseg_llm.backbones.collate import collate
+from mmseg_llm.data.base import SampleDataset
+from mmseg_llm.data.synthetic import make_scene
+from mmseg_llm.heads import MaskDecoderHead
+from mmseg_llm.model import PerceptionModel
+from mmseg_llm.training import PerceptionDataModule, PerceptionModule
+from mmseg_llm.training.data import EpochSampler, _Rendered
+from mmseg_llm.training.module import Optimization
+
+
+class Scenes(SampleDataset):
+    """Scenes made on the fly."""
+
+    def __init__(self, count: int = 4) -> None:
+        self.count, self.name, self.skipped = count, "scenes", {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        return make_scene("flat-96", 0, index).to_sample()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    head = MaskDecoderHead(heads=4, dropout=0.0, max_new_tokens=8)
+    return PerceptionModel(InternVLBackbone("internvl-tiny", template="plain"), {"mask_decoder": head})
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_an_epoch_without_duplicates(world):
+    samplers = [EpochSampler(11, seed=5, rank=rank, world=world) for rank in range(world)]
+    shares = [[index for index, _ in sampler] for sampler in samplers]
+    together = sum(shares, [])
+    assert len(set(together)) == len(together) == 11 // world * world
+    for sampler in samplers:
+        sampler.set_epoch(1)
+    assert [[index for index, _ in sampler] for sampler in samplers] != shares
+
+
+def test_too_few_samples_for_the_processes():
+    with pytest.raises(ValueError, match="2 samples cannot feed 3 processes"):
+        EpochSampler(2, 0, 0, 3)
+
+
+def test_rendering_depends_on_seed_epoch_and_index_only(model):
+    head, codec = model.head(), model.backbone.codec
+    rendered = _Rendered(Scenes(), head, codec, seed=3)
+    first, again, later = rendered[(1, 0)], rendered[(1, 0)], rendered[(1, 1)]
+    assert first.suffixes == again.suffixes
+    np.testing.assert_array_equal(first.pixels, again.pixels)
+    assert first.prefix == later.prefix
+
+
+def test_missing_split_is_named():
+    with pytest.raises(ValueError, match=r"data\.test"):
+        PerceptionDataModule(train=Scenes()).dataset("test")
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "32-true"), ("bfloat16", "bf16-mixed"), ("float32", "bf16-true")])
+def test_trains_in_every_precision_of_a_cpu(dtype, precision, tmp_path):
+    from lightning import Trainer
+
+    torch.manual_seed(0)
+    module = PerceptionModule(
+        InternVLBackbone("internvl-tiny", template="plain", dtype=dtype, gradient_checkpointing=True),
+        {"mask_decoder": MaskDecoderHead(heads=4, dropout=0.0, max_new_tokens=4)},
+        Optimization(lr=1e-3),
+    )
+    trainer = Trainer(
+        max_steps=2, accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        accumulate_grad_batches=2, default_root_dir=tmp_path,
+    )  # fmt: skip
+    before = module.model.head().decoder.conv2.weight.detach().clone()
+    trainer.fit(module, datamodule=PerceptionDataModule(train=Scenes(), val=Scenes(2), batch_size=2, num_workers=0))
+    assert trainer.global_step == 2
+    assert not torch.equal(before, module.model.head().decoder.conv2.weight.detach().to(before.dtype))
+    assert np.isfinite(float(trainer.callback_metrics["train/loss"]))
+    assert "val/cIoU" in trainer.callback_metrics
+
+
+def test_optimizer_groups(model):
+    module = PerceptionModule.__new__(PerceptionModule)
+    torch.nn.Module.__init__(module)
+    module.model, module.optimization = model, Optimization(lr=1.0, head_lr=2.0, weight_decay=0.1)
+    module._trainer = type("T", (), {"estimated_stepping_batches": 100})()
+    optimizer = module.configure_optimizers()["optimizer"]
+    rates = {group["initial_lr"] for group in optimizer.param_groups}
+    assert rates == {1.0, 2.0}
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == 0 or all(p.dim() > 1 for p in group["params"])
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert count == len(list(model.parameters()))
+
+
+def test_official_and_clean_padding_labels(model):
+    head, codec = model.head(), model.backbone.codec
+    rng = np.random.default_rng(0)
+    examples = [head.build(Scenes()[i], codec, rng) for i in range(3)]
+    clean, official = collate(examples, codec), collate(examples, codec, label_padding=0)
+    padding = clean.visibility.block < 0
+    assert padding.any()
+    assert (clean.labels[padding] == -100).all()
+    assert (official.labels[padding] == 0).all()
+    assert torch.equal(clean.labels[~padding], official.labels[~padding])
