@@ -29,7 +29,8 @@ def untrained_model() -> PerceptionModel:
     head = MaskDecoderHead(heads=4, max_new_tokens=8)
     model = PerceptionModel(InternVLBackbone("internvl-tiny"), {"mask_decoder": head}).eval()
     with torch.no_grad():  # randomise what starts constant, so that masks are not all alike
-        model.backbone.lm_head.weight[head.seg_id] *= 50
+        weight = model.backbone.model.get_output_embeddings().weight
+        weight[head.seg_id] *= 50
     return model
 
 

@@ -217,9 +217,7 @@ def usage() -> str:
     """The verbs with their first lines."""
     lines = ["usage: mmseg-llm VERB ...   (mmseg-llm VERB --help for its options)", ""]
     for name, entry in [("train", train), *VERBS.items()]:
-        summary = (
-            "Make and inspect datasets: synthetic, describe." if isinstance(entry, dict) else entry.__doc__ or ""
-        )
+        summary = "Make and inspect datasets: synthetic, describe." if isinstance(entry, dict) else entry.__doc__ or ""
         lines.append(f"  {name:<10} {summary.splitlines()[0]}")
     return "\n".join(lines)
 

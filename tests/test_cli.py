@@ -22,7 +22,12 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     model = bench.untrained_model()
     save_weights(model, folder)
-    heads = {"mask_decoder": {"class_path": "mmseg_llm.heads.MaskDecoderHead", "init_args": {"heads": 4, "max_new_tokens": 8}}}
+    heads = {
+        "mask_decoder": {
+            "class_path": "mmseg_llm.heads.MaskDecoderHead",
+            "init_args": {"heads": 4, "max_new_tokens": 8},
+        }
+    }
     backbone = {"class_path": "mmseg_llm.backbones.InternVLBackbone", "init_args": {"source": "internvl-tiny"}}
     (folder / CONFIG).write_text(yaml.safe_dump({"model": {"backbone": backbone, "heads": heads}}))
     return folder
@@ -100,7 +105,9 @@ def test_weights_that_do_not_fit(run_folder, tmp_path):
     state = load_file(copy / WEIGHTS)
     state.pop("heads.mask_decoder.decoder.conv2.bias")
     save_file(state | {"heads.extra": state["heads.mask_decoder.decoder.conv2.weight"]}, copy / WEIGHTS)
-    with pytest.raises(ValueError, match=r"missing keys such as heads\.mask_decoder\.decoder\.conv2\.bias and .*unexpected"):
+    with pytest.raises(
+        ValueError, match=r"missing keys such as heads\.mask_decoder\.decoder\.conv2\.bias and .*unexpected"
+    ):
         load_model(copy)
     (copy / WEIGHTS).write_bytes(b"\0" * 30)
     with pytest.raises(ValueError, match="cannot be loaded"):

@@ -40,7 +40,11 @@ def test_experiment_builds_its_model(path):
     assert trainable > sum(p.numel() for p in model.heads.parameters())
     if is_full_size:
         assert trainable < 0.5 * sum(p.numel() for p in model.parameters())
-        rows = [name for name, p in model.named_parameters() if p.requires_grad and ("embed_tokens" in name or "lm_head" in name)]
+        rows = [
+            name
+            for name, p in model.named_parameters()
+            if p.requires_grad and ("embed_tokens" in name or "lm_head" in name)
+        ]
         assert len(rows) == 2, "the rows of [SEG] and [REJ] must train in both matrices"
 
 

@@ -67,7 +67,7 @@ def lora_targets(model_type: str) -> tuple[str, ...]:
     return LORA_TARGETS[model_type]
 
 
-def add_lora(language_model: nn.Module, lora: Lora) -> None:
+def add_lora(language_model: PreTrainedModel, lora: Lora) -> None:
     """Inject LoRA layers into the decoder stack, in place.
 
     Raises:

@@ -70,8 +70,12 @@ class Backbone(nn.Module):
 
     @property
     @abstractmethod
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> PreTrainedModel:
         """The decoder stack without the LM head."""
+
+    @abstractmethod
+    def prepare(self, tokens: Sequence[str]) -> None:
+        """Give the heads' control tokens ids and rows, then freeze, adapt and unfreeze; called once by the model."""
 
     @abstractmethod
     def save_config(self, folder: Path) -> None:
@@ -169,10 +173,11 @@ class Backbone(nn.Module):
         Returns:
             Post-norm states `(B, M, D)`.
         """
-        assert (ids is None) != (embeds is None)
-        inputs = self.embed(ids) if embeds is None else embeds
+        if embeds is None:
+            assert ids is not None
+            embeds = self.embed(ids)
         positions = prefix.append(block)
-        return self._run(inputs, prefix.visibility, positions, prefix.cache)
+        return self._run(embeds, prefix.visibility, positions, prefix.cache)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits, float32."""
@@ -204,7 +209,9 @@ class Backbone(nn.Module):
             [[k < len(row) for k in range(last.shape[1])] for row in suffixes], device=last.device
         )  # (B, K)
         ends = torch.tensor([self.codec.end_id, *stop], device=last.device)
-        tokens, states, lives = [], [], []
+        tokens: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
+        lives: list[torch.Tensor] = []
         for step in range(max_new_tokens):
             logits = self.logits(last[alive])  # (n, vocabulary)
             if constraint is not None:

@@ -208,8 +208,8 @@ class Codec:
             raise ValueError(f"canvas of size {canvas.size} given to a backbone that takes {self.geometry.image_size}")
         # scaled in float64 and then rounded, bit for bit as the stock image processors do it
         levels = (np.arange(256) * (1 / 255)).astype(np.float32)
-        values = levels[np.asarray(canvas.image, np.uint8)]  # (h, w, 3)
-        values = (values - np.float32(self.geometry.mean)) / np.float32(self.geometry.std)
+        values: np.ndarray = levels[np.asarray(canvas.image, np.uint8)]  # (h, w, 3)
+        values = (values - np.asarray(self.geometry.mean, np.float32)) / np.asarray(self.geometry.std, np.float32)
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
     def save(self, folder: Path) -> None:

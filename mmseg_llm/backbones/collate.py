@@ -32,7 +32,9 @@ def collate(examples: Sequence[Example], codec: Codec, label_padding: int = IGNO
     labels = np.full(shape, label_padding, np.int64)
     positions = np.zeros(shape, np.int64)
     block = np.full(shape, -1, np.int64)
-    rows, slots, queries = [], [], []
+    rows: list[int] = []
+    slots: list[int] = []
+    queries: list[int] = []
     for row, example in enumerate(examples):
         start = len(example.prefix)
         ids[row, :start] = example.prefix

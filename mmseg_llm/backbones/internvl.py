@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from mmseg_llm.backbones.adapters import Lora, Trainable, add_lora, add_trainable_rows, set_trainable
 from mmseg_llm.backbones.base import Backbone, VisionFeatures
@@ -23,7 +22,7 @@ from mmseg_llm.backbones.sizes import HUB_SOURCES, SIZES
 from mmseg_llm.backbones.visibility import ATTENTION_IMPLEMENTATIONS
 
 if TYPE_CHECKING:
-    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedModel
 
 TINY_TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_tokenizer"
 CONFIG_FILE = "config.json"
@@ -75,7 +74,7 @@ class InternVLBackbone(Backbone):
         self.text_width = self.model.config.text_config.hidden_size
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> PreTrainedModel:
         """The decoder stack."""
         return self.model.model.language_model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmseg_llm.inference.visualize import write_outputs
 from mmseg_llm.structures import Prediction
@@ -21,7 +22,8 @@ def write_predictions(
         folder: to write into.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, (path, predictions) in enumerate(zip(files, answers, strict=True), 1):
         height, width = predictions[0].size
         images.append({"id": image_id, "file_name": path.name, "height": height, "width": width})

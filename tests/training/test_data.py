@@ -39,7 +39,7 @@ def model():
 def test_ranks_share_an_epoch_without_duplicates(world):
     samplers = [EpochSampler(11, seed=5, rank=rank, world=world) for rank in range(world)]
     shares = [[index for index, _ in sampler] for sampler in samplers]
-    together = sum(shares, [])
+    together = [index for share in shares for index in share]
     assert len(set(together)) == len(together) == 11 // world * world
     for sampler in samplers:
         sampler.set_epoch(1)
@@ -65,7 +65,9 @@ def test_missing_split_is_named():
         PerceptionDataModule(train=Scenes()).dataset("test")
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [("float32", "32-true"), ("bfloat16", "bf16-mixed"), ("float32", "bf16-true")])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", "32-true"), ("bfloat16", "bf16-mixed"), ("float32", "bf16-true")]
+)
 def test_trains_in_every_precision_of_a_cpu(dtype, precision, tmp_path):
     from lightning import Trainer
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mmseg_llm.structures import Query
 
 MASK_THRESHOLD = 0.5
+DECODE_CHUNK = 64
+"""Queries decoded at once, which bounds memory."""
 
 
 class MaskDecoderHead(Head):
@@ -75,7 +77,7 @@ class MaskDecoderHead(Head):
         self.weights = {"ce": 1.0, "focal": 1.0, "dice": 1.0} | (weights or {})
         self.max_queries, self.jpeg_quality, self.max_new_tokens = max_queries, jpeg_quality, max_new_tokens
         self.label_padding = 0 if loss_rule == "official" else IGNORE_INDEX
-        self._network = {
+        self._network: dict[str, Any] = {
             "width": width,
             "heads": heads,
             "ffn": ffn,
@@ -225,10 +227,11 @@ class MaskDecoderHead(Head):
         else:
             image_states, found = self._forced(backbone, features, asked, canvases, protocol)
         cache = self.decoder.encode_image(features.patches, image_states)  # (B, P, C)
+        drawn = self._draw(cache, found)
         return [
             prediction
             for row, sample in enumerate(asked)
-            for prediction in self._finish(sample, canvases[row], cache[row], found[row])
+            for prediction in self._finish(sample, canvases[row], drawn.get(row), found[row])
         ]
 
     def _generate(
@@ -294,26 +297,32 @@ class MaskDecoderHead(Head):
             answers[row].append(_Answer(str(SEG if seg else REJ), state, seg, chance))
         return gather(states, batch.image_positions - 1), answers
 
+    def _draw(self, cache: torch.Tensor, found: Sequence[Sequence[_Answer]]) -> dict[int, torch.Tensor]:
+        """Mask logits `(Q, h, w)` by image, of the answers that have a state; decoded together, whatever their images."""
+        rows = [row for row, answers in enumerate(found) for answer in answers if answer.state is not None]
+        states = [answer.state for answers in found for answer in answers if answer.state is not None]
+        if not rows:
+            return {}
+        index, stacked = torch.tensor(rows, device=cache.device), torch.stack(states)
+        chunks = zip(index.split(DECODE_CHUNK), stacked.split(DECODE_CHUNK), strict=True)
+        logits = torch.cat([self.decoder.decode(cache[part], queries) for part, queries in chunks])
+        return {row: logits[index == row] for row in dict.fromkeys(rows)}
+
     def _finish(
-        self, sample: Sample, canvas: Canvas, cache: torch.Tensor, answers: Sequence[_Answer]
+        self, sample: Sample, canvas: Canvas, logits: torch.Tensor | None, answers: Sequence[_Answer]
     ) -> list[Prediction]:
-        """Decode the masks of one image and bring them to its original size."""
-        drawn = [i for i, answer in enumerate(answers) if answer.state is not None]
-        masks: dict[int, tuple[Mask, float]] = {}
-        if drawn:
-            states = torch.stack([answers[i].state for i in drawn])  # type: ignore[arg-type]
-            logits = self.decoder.decode(cache.expand(len(drawn), -1, -1), states)
+        """Bring the masks of one image to its original size and pair them with the answers."""
+        masks: list[tuple[Mask, float]] = []
+        if logits is not None:
             chances = canvas_to_original(logits.float().sigmoid(), canvas)  # (Q, H, W)
             is_on = chances >= MASK_THRESHOLD
-            certainty = (chances * is_on).sum((1, 2)) / is_on.sum((1, 2)).clamp(min=1)
+            means = (chances * is_on).sum((1, 2)) / is_on.sum((1, 2)).clamp(min=1)
             arrays = is_on.to(torch.uint8).cpu().numpy()
-            masks = {
-                i: (Mask.from_array(array), value)
-                for i, array, value in zip(drawn, arrays, certainty.tolist(), strict=True)
-            }
+            masks = [(Mask.from_array(array), mean) for array, mean in zip(arrays, means.tolist(), strict=True)]
+        drawn = iter(masks)
         predictions = []
         for i, (query, answer) in enumerate(zip(sample.queries, answers, strict=True)):
-            mask, certainty = masks.get(i) or (Mask.empty(sample.size), 0.0)
+            mask, certainty = (Mask.empty(sample.size), 0.0) if answer.state is None else next(drawn)
             predictions.append(
                 Prediction(
                     query=query.text,
