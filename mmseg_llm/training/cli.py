@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -39,6 +39,7 @@ class PerceptionCLI(LightningCLI):
         parser.add_argument("--output", type=str, default="runs/default", help="run folder")
         parser.add_argument("--overwrite", type=bool, default=False, help="train into a folder that holds a run")
         parser.add_argument("--monitor", type=str, default="val/cIoU", help="score that picks the best weights")
+        parser.add_argument("--early_stop", type=int | None, default=None, help="validations without a better score")
         parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all cores")
         parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.num_sanity_val_steps": 0})
 
@@ -71,6 +72,8 @@ class PerceptionCLI(LightningCLI):
                 ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0, enable_version_counter=False),
                 LearningRateMonitor("step"),
             ]
+            if config.early_stop is not None:
+                extra.append(EarlyStopping(config.monitor, mode="max", patience=config.early_stop))
             if self.config_init[self.subcommand].trainer.logger is None:
                 kwargs["logger"] = [TensorBoardLogger(folder, "logs", ""), CSVLogger(folder, "logs", "")]
         elif self.config_init[self.subcommand].trainer.logger is None:
