@@ -22,15 +22,19 @@ if TYPE_CHECKING:
 def untrained_model() -> PerceptionModel:
     """The tiny InternVL with a mask decoder; it always says `[SEG]` first, so that every query costs a mask."""
     from mmseg_llm.backbones import InternVLBackbone
+    from mmseg_llm.backbones.collate import collate
     from mmseg_llm.heads import MaskDecoderHead
     from mmseg_llm.model import PerceptionModel
 
     torch.manual_seed(0)
     head = MaskDecoderHead(heads=4, max_new_tokens=8)
     model = PerceptionModel(InternVLBackbone("internvl-tiny"), {"mask_decoder": head}).eval()
-    with torch.no_grad():  # randomise what starts constant, so that masks are not all alike
-        weight = model.backbone.model.get_output_embeddings().weight
-        weight[head.seg_id] *= 50
+    sample = scenes("flat-96", 1, 1)[0]
+    codec = model.backbone.codec
+    with torch.no_grad():  # point the row of [SEG] to the states that start an answer
+        batch = collate([head.build(sample, codec, np.random.default_rng(0))], codec)
+        state = model.backbone(batch).states[0, batch.labels[0].ne(-100).nonzero()[0, 0] - 1]
+        model.backbone.model.get_output_embeddings().weight[head.seg_id] = state
     return model
 
 

@@ -47,10 +47,10 @@ def evaluate(
     from mmseg_llm.inference.perceiver import Perceiver
     from mmseg_llm.training.config import read_data
 
+    model = Perceiver.from_pretrained(checkpoint, device=device).model
     dataset = read_data(data).dataset(split)
     if max_samples is not None:
         dataset = Subset(dataset, max_samples)
-    model = Perceiver.from_pretrained(checkpoint, device=device).model
     report = run(model, dataset, output, protocol=protocol, head=head, batch_size=batch_size, metric=metric)
     if report:
         print(format_report(report))
@@ -244,9 +244,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _run(VERBS[words[0]], words)
     except (ValueError, ArgumentError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(root_cause(error)).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error of this library behind one that a parser wrapped around it."""
+    package = str(Path(__file__).parent)
+    found, current = error, error.__cause__ or error.__context__
+    while current is not None:
+        trace = current.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        if isinstance(current, ValueError) and trace and trace.tb_frame.f_code.co_filename.startswith(package):
+            found = current
+        current = current.__cause__ or current.__context__
+    return found
 
 
 def _run(entry: Callable[..., Any] | dict[str, Callable[..., Any]], words: list[str]) -> None:

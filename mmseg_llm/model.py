@@ -32,7 +32,7 @@ class PerceptionModel(nn.Module):
             raise ValueError("a model needs at least one head; add one under model.heads")
         self.backbone = backbone
         tokens = dict.fromkeys(token for head in heads.values() for token in head.tokens)
-        backbone.prepare(list(tokens))
+        self.num_added_tokens = backbone.prepare(list(tokens))
         for name, head in heads.items():
             head.name = name
             head.bind(backbone)

@@ -104,7 +104,7 @@ def test_weights_that_do_not_fit(run_folder, tmp_path):
     shutil.copytree(run_folder, copy)
     state = load_file(copy / WEIGHTS)
     state.pop("heads.mask_decoder.decoder.conv2.bias")
-    save_file(state | {"heads.extra": state["heads.mask_decoder.decoder.conv2.weight"]}, copy / WEIGHTS)
+    save_file(state | {"heads.extra": state["heads.mask_decoder.decoder.conv2.weight"].clone()}, copy / WEIGHTS)
     with pytest.raises(
         ValueError, match=r"missing keys such as heads\.mask_decoder\.decoder\.conv2\.bias and .*unexpected"
     ):

@@ -74,8 +74,12 @@ class Backbone(nn.Module):
         """The decoder stack without the LM head."""
 
     @abstractmethod
-    def prepare(self, tokens: Sequence[str]) -> None:
-        """Give the heads' control tokens ids and rows, then freeze, adapt and unfreeze; called once by the model."""
+    def prepare(self, tokens: Sequence[str]) -> int:
+        """Give the heads' control tokens ids and rows, then freeze, adapt and unfreeze; called once by the model.
+
+        Returns:
+            How many of the tokens were not in the vocabulary before.
+        """
 
     @abstractmethod
     def save_config(self, folder: Path) -> None:

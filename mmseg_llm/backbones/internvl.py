@@ -78,12 +78,12 @@ class InternVLBackbone(Backbone):
         """The decoder stack."""
         return self.model.model.language_model
 
-    def prepare(self, tokens: Sequence[str]) -> None:
+    def prepare(self, tokens: Sequence[str]) -> int:
         """Give the heads' control tokens ids and rows, then freeze, adapt and unfreeze; called once by the model.
 
         New LM-head rows start at the mean of the old ones, new embedding rows at the model's normal init (MLLMSeg 3.3).
         """
-        self.codec.add_tokens(tokens)
+        added = self.codec.add_tokens(tokens)
         rows = self.model.get_input_embeddings().weight.shape[0]
         needed = max(self.codec.token_id(name) for name in tokens) + 1 if tokens else 0
         if needed > rows:
@@ -98,6 +98,7 @@ class InternVLBackbone(Backbone):
         set_trainable(self.model, self.language_model, self.trainable)
         if self.trainable.new_rows and not self.trainable.embeddings and tokens:
             add_trainable_rows(self.model, [self.codec.token_id(name) for name in tokens])
+        return added
 
     def encode_images(self, pixels: torch.Tensor) -> VisionFeatures:
         """One pass of the vision tower: patch tokens `(B, P, V)` without CLS, projected tokens `(B, T, D)`."""

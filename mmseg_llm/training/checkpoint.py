@@ -59,6 +59,12 @@ def load_model(folder: str | Path, attention: str | None = None) -> PerceptionMo
     if attention is not None:
         arguments["attention"] = attention
     model = build_model(settings)
+    if model.num_added_tokens:
+        tokens = ", ".join(token for head in model.heads.values() for token in head.tokens)  # type: ignore[union-attr]
+        raise ValueError(
+            f"the tokenizer in {folder / BACKBONE} lacks some of the tokens {tokens} that the heads need; "
+            "use the tokenizer saved with this run"
+        )
     _load_strictly(model, folder / WEIGHTS)
     return model.to(model.backbone.model.dtype).eval()
 

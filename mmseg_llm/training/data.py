@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -70,13 +70,24 @@ class _Collate:
     def __init__(self, codec: Codec, label_padding: int) -> None:
         self.codec, self.label_padding = codec, label_padding
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
-        return collate(examples, self.codec, self.label_padding)
+    def __call__(self, examples: Sequence[Example]) -> Parcel:
+        return Parcel(collate(examples, self.codec, self.label_padding))
 
 
-def as_list(samples: list[Sample]) -> list[Sample]:
-    """Samples are batched by the head, not by the loader."""
-    return samples
+class Parcel:
+    """What a loader yields: opaque to Lightning, which otherwise looks into every dataclass and refuses frozen ones."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Parcel:
+        """Batches move as a whole; samples stay where they are."""
+        content = self.content
+        return Parcel(content.to(device, non_blocking=non_blocking)) if isinstance(content, Batch) else self
+
+    def pin_memory(self) -> Parcel:
+        """Called by the DataLoader."""
+        return Parcel(self.content.pin_memory()) if isinstance(self.content, Batch) else self
 
 
 class PerceptionDataModule(LightningDataModule):
@@ -152,7 +163,7 @@ class PerceptionDataModule(LightningDataModule):
             cast("Dataset[Sample]", dataset),
             batch_size=self.eval_batch_size,
             sampler=share,
-            collate_fn=as_list,
+            collate_fn=Parcel,
             num_workers=0,
         )
 

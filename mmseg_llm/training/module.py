@@ -14,6 +14,7 @@ from mmseg_llm.heads.base import Head
 from mmseg_llm.metrics.referring import ReferringSegmentation
 from mmseg_llm.model import PerceptionModel
 from mmseg_llm.structures import Batch, Prediction, Sample
+from mmseg_llm.training.data import Parcel
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class PerceptionModule(LightningModule):
         self.metric = ReferringSegmentation(metric)
         self.shown: list[tuple[Sample, Prediction, int]] = []
 
-    def training_step(self, batch: Batch, batch_index: int) -> torch.Tensor:
+    def training_step(self, parcel: Parcel, batch_index: int) -> torch.Tensor:
         """Sum of the head's losses; each is logged by name."""
+        batch: Batch = parcel.content
         losses = self.model.loss(batch)
         total = torch.stack([value for name, value in losses.items() if not name.startswith("_")]).sum()
         size = len(batch.samples)
@@ -85,8 +87,9 @@ class PerceptionModule(LightningModule):
         """Forget the examples shown at the last validation."""
         self.shown = []
 
-    def validation_step(self, samples: list[Sample], batch_index: int) -> None:
+    def validation_step(self, parcel: Parcel, batch_index: int) -> None:
         """Predict exactly as `evaluate` and `Perceiver` do, and count."""
+        samples: list[Sample] = parcel.content
         predictions = iter(self.model.predict(samples, protocol=self.protocol))
         for sample in samples:
             for index, query in enumerate(sample.queries):
@@ -103,9 +106,9 @@ class PerceptionModule(LightningModule):
             if not math.isnan(value) and not name.startswith("num_"):
                 self.log(f"val/{name}", float(value), prog_bar=name in {"cIoU", "gIoU"}, rank_zero_only=True)
 
-    def test_step(self, samples: list[Sample], batch_index: int) -> None:
+    def test_step(self, parcel: Parcel, batch_index: int) -> None:
         """Same as validation."""
-        self.validation_step(samples, batch_index)
+        self.validation_step(parcel, batch_index)
 
     def on_test_epoch_end(self) -> None:
         """Log the scores as `test/...`."""
@@ -140,7 +143,3 @@ class PerceptionModule(LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_index: int) -> Any:
-        """Batches move as a whole; samples stay where they are."""
-        return batch.to(device, non_blocking=True) if isinstance(batch, Batch) else batch

@@ -1,5 +1,7 @@
 """Loading: shares of ranks, seeds, and what a data config offers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -90,11 +92,14 @@ def test_trains_in_every_precision_of_a_cpu(dtype, precision, tmp_path):
     assert "val/cIoU" in trainer.callback_metrics
 
 
-def test_optimizer_groups(model):
-    module = PerceptionModule.__new__(PerceptionModule)
-    torch.nn.Module.__init__(module)
-    module.model, module.optimization = model, Optimization(lr=1.0, head_lr=2.0, weight_decay=0.1)
-    module._trainer = type("T", (), {"estimated_stepping_batches": 100})()
+def test_optimizer_groups():
+    module = PerceptionModule(
+        InternVLBackbone("internvl-tiny", template="plain"),
+        {"mask_decoder": MaskDecoderHead(heads=4)},
+        Optimization(lr=1.0, head_lr=2.0, weight_decay=0.1),
+    )
+    module._trainer = SimpleNamespace(estimated_stepping_batches=100)
+    model = module.model
     optimizer = module.configure_optimizers()["optimizer"]
     rates = {group["initial_lr"] for group in optimizer.param_groups}
     assert rates == {1.0, 2.0}
