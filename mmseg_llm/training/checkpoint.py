@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
 BACKBONE = "backbone"
+ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def save_weights(model: PerceptionModel, folder: Path) -> Path:
@@ -65,7 +66,7 @@ def load_model(folder: str | Path, attention: str | None = None) -> PerceptionMo
             f"the tokenizer in {folder / BACKBONE} lacks some of the tokens {tokens} that the heads need; "
             "use the tokenizer saved with this run"
         )
-    _load_strictly(model, folder / WEIGHTS)
+    load_weights(model, folder / WEIGHTS)
     return model.to(model.backbone.model.dtype).eval()
 
 
@@ -94,7 +95,26 @@ def build_model(settings: dict[str, Any]) -> PerceptionModel:
     return parser.instantiate_classes(config).model
 
 
-def _load_strictly(model: PerceptionModel, path: Path) -> None:
+def find_weights(name: str) -> Path:
+    """A weights file: a path, a run folder, or the name of a file that ships with the package.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    candidates = [Path(name), Path(name) / WEIGHTS, ASSETS / name]
+    for path in candidates:
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(path.name for path in ASSETS.glob("*.safetensors"))) or "none"
+    raise ValueError(f"no weights file '{name}'; give a run folder or a .safetensors file (shipped: {shipped})")
+
+
+def load_weights(model: PerceptionModel, path: Path) -> None:
+    """Load a weights file strictly, in place, cast to the types of the model.
+
+    Raises:
+        ValueError: if the file is damaged, or keys or shapes do not fit.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_model as load_into
 
@@ -107,6 +127,4 @@ def _load_strictly(model: PerceptionModel, path: Path) -> None:
     faults = [f"{len(keys)} {kind} keys such as {sorted(keys)[0]}" for kind, keys in
               (("missing", missing), ("unexpected", unexpected)) if keys]  # fmt: skip
     if faults:
-        raise ValueError(
-            f"{path} does not fit the model of its {CONFIG}: {' and '.join(faults)}; use the file of this run"
-        )
+        raise ValueError(f"{path} does not fit the model: {' and '.join(faults)}; use the file of this run")

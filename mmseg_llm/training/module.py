@@ -14,6 +14,7 @@ from mmseg_llm.heads.base import Head
 from mmseg_llm.metrics.referring import ReferringSegmentation
 from mmseg_llm.model import PerceptionModel
 from mmseg_llm.structures import Batch, Prediction, Sample
+from mmseg_llm.training.checkpoint import find_weights, load_weights
 from mmseg_llm.training.data import Parcel
 
 
@@ -53,6 +54,11 @@ class PerceptionModule(LightningModule):
         optimization: optimiser and schedule.
         protocol: how validation predicts, see `Head.protocols`.
         metric: protocol of the validation metric, see `ReferringSegmentation`.
+        initial_weights: `model.safetensors` of a run with the same model, or the name of a file in the package's assets, to
+            start from.
+
+    Raises:
+        ValueError: if the initial weights are missing or do not fit.
     """
 
     def __init__(
@@ -62,12 +68,15 @@ class PerceptionModule(LightningModule):
         optimization: Optimization = DEFAULT_OPTIMIZATION,
         protocol: str = "generate",
         metric: str = "clean",
+        initial_weights: str | None = None,
     ) -> None:
         super().__init__()
         self.model = PerceptionModel(backbone, heads)
         for parameter in self.model.parameters():  # optimisers need float32 masters; what is frozen stays small
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if initial_weights is not None:
+            load_weights(self.model, find_weights(initial_weights))
         self.optimization = optimization
         self.protocol = protocol
         self.metric = ReferringSegmentation(metric)
