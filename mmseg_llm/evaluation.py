@@ -127,7 +127,7 @@ def score_records(records: Sequence[dict[str, Any]], metric: str) -> dict[str, f
     from mmseg_llm.metrics.referring import ReferringSegmentation
     from mmseg_llm.structures import Mask, Query
 
-    scorer = ReferringSegmentation(metric)
+    scorer = ReferringSegmentation(metric, sync_on_compute=False)  # the records are all here already
     for record in records:
         prediction = Prediction.from_json(record)
         truth = record["target"]

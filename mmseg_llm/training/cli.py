@@ -39,6 +39,7 @@ class PerceptionCLI(LightningCLI):
         parser.add_argument("--output", type=str, default="runs/default", help="run folder")
         parser.add_argument("--overwrite", type=bool, default=False, help="train into a folder that holds a run")
         parser.add_argument("--monitor", type=str, default="val/cIoU", help="score that picks the best weights")
+        parser.add_argument("--checkpoint_every", type=int, default=500, help="steps between resumable checkpoints")
         parser.add_argument("--early_stop", type=int | None, default=None, help="validations without a better score")
         parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all cores")
         parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.num_sanity_val_steps": 0})
@@ -69,7 +70,13 @@ class PerceptionCLI(LightningCLI):
         if self.subcommand == "fit":
             extra += [
                 RunFolder(folder, config.monitor),
-                ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0, enable_version_counter=False),
+                ModelCheckpoint(
+                    folder / "checkpoints",
+                    filename="step_{step:06d}",
+                    auto_insert_metric_name=False,
+                    save_last="link",
+                    every_n_train_steps=config.checkpoint_every,
+                ),
                 LearningRateMonitor("step"),
             ]
             if config.early_stop is not None:
