@@ -313,10 +313,13 @@ def _tile(image: Image.Image, prediction: Prediction, truth: Mask | None) -> Ima
     return tile
 
 
+_LOSS_TERMS = {"ce", "focal", "dice", "bce"}
+
+
 def _panel(name: str) -> str:
     """Title of the panel a curve belongs to."""
     bare = name.split("/", 1)[-1]
-    if "loss" in bare:
+    if "loss" in bare or bare in _LOSS_TERMS:
         return "losses"
     parts = re.split(r"[/_\-.]", bare)
     is_own = any(word in parts or ("_" in word and word in bare) for word in _OWN_PANEL)
@@ -354,4 +357,4 @@ def _draw_panel(axes: Any, title: str, curves: dict[str, np.ndarray]) -> None:
     axes.grid(True, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
