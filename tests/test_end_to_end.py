@@ -134,10 +134,11 @@ def test_two_processes_score_like_one(workplace):
     arguments = "--checkpoint runs/quickstart --data configs/data/synthetic_flat96.yaml --split train --output two.json"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*launcher, str(ROOT / "tools/evaluate.py"), *arguments.split()],
-        cwd=workplace, env=environment, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    command = [*launcher, str(ROOT / "tools/evaluate.py"), *arguments.split()]
+    done = subprocess.run(
+        command, cwd=workplace, env=environment, check=False, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     one = json.loads((workplace / "runs/quickstart/scores.json").read_text())
     two = json.loads((workplace / "two.json").read_text())
     masks = [[(r["query_id"], r["mask"]) for r in content["predictions"]] for content in (one, two)]
