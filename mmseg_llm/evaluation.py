@@ -180,10 +180,14 @@ def _gather(records: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch.distributed as dist
 
-        if not dist.is_initialized():
+        is_ours = not dist.is_initialized()
+        if is_ours:
             dist.init_process_group("gloo")
         parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(records, parts)
+        dist.barrier()  # a process that leaves early would break the connection of one that still receives
+        if is_ours:
+            dist.destroy_process_group()
         if parts is None:
             return None
         records = [record for part in parts for record in part]
