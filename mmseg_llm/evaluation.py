@@ -43,14 +43,6 @@ class Protocol:
     dtype: str
 
 
-def metric_for(predict: str, dataset: SampleDataset) -> str:
-    """`clean`, except under the reference protocol, whose rules depend on whether there are no-target queries."""
-    if predict != "official":
-        return "clean"
-    has_no_target = any(count == 0 for _, count in dataset.query_counts())
-    return "mllmseg_gres" if has_no_target else "mllmseg_res"
-
-
 def predict_dataset(
     model: PerceptionModel, dataset: SampleDataset, *, protocol: str, head: str | None, batch_size: int
 ) -> Iterator[tuple[Prediction, Query]]:
@@ -87,7 +79,7 @@ def evaluate(
         protocol: see `Head.protocols`.
         head: name; the first one when None.
         batch_size: images at once; does not change the result.
-        metric: protocol of the metric; chosen by `metric_for` when None.
+        metric: protocol of the metric; that of the head and protocol when None.
 
     Raises:
         ValueError: for an unknown protocol or a dataset without labels.
@@ -96,7 +88,7 @@ def evaluate(
 
     chosen = model.head(head)
     chosen.check_protocol(protocol)
-    metric = metric or metric_for(protocol, dataset)
+    metric = metric or chosen.metric(protocol, any(count == 0 for _, count in dataset.query_counts()))
     started = time.monotonic()
     records = []
     for prediction, query in predict_dataset(model, dataset, protocol=protocol, head=head, batch_size=batch_size):

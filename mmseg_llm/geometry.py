@@ -78,6 +78,11 @@ def crop(canvas: Canvas, left: int, top: int, size: tuple[int, int]) -> Canvas:
     )
 
 
+def frame(canvas: Canvas, size: tuple[int, int]) -> Canvas:
+    """The upper left `(h, w)` of a canvas; towers whose input is no whole number of patches do not see the rest."""
+    return canvas if canvas.size == tuple(size) else crop(canvas, 0, 0, size)
+
+
 def mask_to_canvas(mask: Mask, canvas: Canvas) -> np.ndarray:
     """The mask as bool `(h, w)` seen through the canvas: each canvas pixel takes the original pixel under its centre.
 

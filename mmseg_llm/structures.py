@@ -32,6 +32,7 @@ __all__ = [
     "Box",
     "Camera",
     "Canvas",
+    "DenseBlock",
     "DepthPoint",
     "Example",
     "Mask",
@@ -66,6 +67,7 @@ class Query:
         id: unique within its dataset.
         task: `segment`, `depth`, `chat`, ...
         answer: target text of free-form tasks.
+        history: earlier turns of the conversation, as (question, answer) pairs.
     """
 
     text: str
@@ -75,6 +77,7 @@ class Query:
     id: str = ""
     task: str = "segment"
     answer: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_no_target(self) -> bool:
@@ -173,6 +176,28 @@ class Canvas:
 
 
 @dataclass(frozen=True)
+class DenseBlock:
+    """Tokens that are read all at once, such as one per cell of a mask; nothing that follows in the dialogue sees them.
+
+    The block sees the branch up to and including the slot it hangs off, and itself.
+
+    Attributes:
+        token_id: all of them have this id; what tells them apart is added to their embeddings by the head.
+        offsets: int64 `(A, M)` rotary positions relative to the one behind the slot.
+        is_bidirectional: whether they see each other in both directions.
+    """
+
+    token_id: int
+    offsets: np.ndarray
+    is_bidirectional: bool = True
+
+    @property
+    def length(self) -> int:
+        """M."""
+        return self.offsets.shape[1]
+
+
+@dataclass(frozen=True)
 class Suffix:
     """What follows the shared prefix of an image: one dialogue branch that no other branch of the image can see.
 
@@ -180,13 +205,22 @@ class Suffix:
         ids: token ids.
         labels: same length, next-token targets aligned with `ids`; -100 where not supervised.
         query_ids: queries (positions in `Sample.queries`) answered here, in the order of their answer slots.
-        slots: position in `ids` of the answer token ([SEG], [REJ], ...) of each of `query_ids`.
+        slots: position in `ids` of the answer token ([SEG], [REJ], <|seg|>, ...) of each of `query_ids`.
+        dense: the dense queries of a head, one block of them per slot that has any (`dense_slots`).
+        dense_slots: indices into `slots`: where the blocks hang off.
     """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     query_ids: tuple[int, ...] = ()
     slots: tuple[int, ...] = ()
+    dense: DenseBlock | None = None
+    dense_slots: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Length with its dense blocks."""
+        return len(self.ids) + (0 if self.dense is None else self.dense.length * len(self.dense_slots))
 
 
 @dataclass(frozen=True)
@@ -214,7 +248,7 @@ class Example:
     @property
     def num_tokens(self) -> int:
         """Length of the packed sequence."""
-        return len(self.prefix) + sum(len(suffix.ids) for suffix in self.suffixes)
+        return len(self.prefix) + sum(suffix.num_tokens for suffix in self.suffixes)
 
 
 @dataclass
@@ -225,12 +259,16 @@ class Batch:
         head: name of the head.
         ids: `(B, N)` token ids.
         labels: `(B, N)` next-token targets aligned with `ids`, -100 where not supervised.
-        positions: `(B, N)` rotary positions; suffixes restart after the prefix.
+        positions: `(A, B, N)` rotary positions on A axes; suffixes restart after the prefix, dense blocks after their slot.
         visibility: who may attend to whom.
-        pixels: `(B, 3, H, W)` float.
-        image_positions: `(B, T)` positions of the image tokens in each row.
+        pixels: `(B, 3, H, W)` float, smaller canvases in the upper left corner.
+        canvas_sizes: size of each canvas.
+        image_positions: `(B, T)` positions of the image tokens in each row, -1 at padding.
         slot_rows, slot_positions: `(Q,)` row and position of the answer token of each query.
         slot_queries: `(Q,)` index of the query in `samples[row].queries`.
+        dense_positions: `(B, M)` positions of all dense queries of a row, block after block, -1 at padding.
+        dense_index: `(B, M)` rank of each within its block, -1 at padding.
+        dense_starts: `(Q,)` where the block of each slot starts in `dense_positions`, -1 for slots without one.
         targets: ragged, one entry per slot.
         samples: originals, for ids and sizes.
     """
@@ -241,10 +279,14 @@ class Batch:
     positions: torch.Tensor
     visibility: Visibility
     pixels: torch.Tensor
+    canvas_sizes: list[Size]
     image_positions: torch.Tensor
     slot_rows: torch.Tensor
     slot_positions: torch.Tensor
     slot_queries: torch.Tensor
+    dense_positions: torch.Tensor
+    dense_index: torch.Tensor
+    dense_starts: torch.Tensor
     targets: list[Any]
     samples: list[Sample]
 
@@ -284,6 +326,8 @@ class Prediction:
         exists: False when the model answered that nothing fits, or gave no answer; a mask given all the same is what
             the model would have drawn (some reference protocols score it).
         depth: metres, for depth queries.
+        mask_logits: float32 `(h, w)` soft mask over the whole image at the head's own resolution, for refiners and uncertainty;
+            not serialised.
         trajectory: clicks and masks, for click policies.
         image: the original image, for `show` and `save`; not serialised.
     """
@@ -299,6 +343,7 @@ class Prediction:
     exists: bool = True
     depth: float | None = None
     trajectory: tuple[Any, ...] = ()
+    mask_logits: np.ndarray | None = field(default=None, repr=False, compare=False)
     image: str | Path | Image.Image | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -9,7 +9,8 @@ import torch
 from mmseg_llm import bench
 from mmseg_llm.data.base import SampleDataset, Subset
 from mmseg_llm.data.synthetic import make_scene
-from mmseg_llm.evaluation import evaluate, format_report, metric_for, score_file, score_records
+from mmseg_llm.evaluation import evaluate, format_report, score_file, score_records
+from mmseg_llm.heads import AllMaskHead, MaskDecoderHead
 
 
 class Scenes(SampleDataset):
@@ -76,17 +77,12 @@ def test_perfect_predictions_score_one(model, tmp_path):
 
 
 def test_the_reference_metric_follows_the_data():
-    class OneTarget(Scenes):
-        def query_counts(self):
-            return iter([("1", 1)])
-
-    class NoTarget(Scenes):
-        def query_counts(self):
-            return iter([("1", 0), ("1", 1)])
-
-    assert metric_for("official", OneTarget(1)) == "mllmseg_res"
-    assert metric_for("official", NoTarget(1)) == "mllmseg_gres"
-    assert metric_for("generate", NoTarget(1)) == "clean"
+    head = MaskDecoderHead()
+    assert head.metric("official", has_no_target=False) == "mllmseg_res"
+    assert head.metric("official", has_no_target=True) == "mllmseg_gres"
+    assert head.metric("generate", has_no_target=True) == "clean"
+    assert AllMaskHead().metric("official", has_no_target=True) == "stamp"
+    assert AllMaskHead().metric("force_segment", has_no_target=True) == "clean"
 
 
 def test_unknown_protocol_is_named(model, tmp_path):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mmseg_llm
-from mmseg_llm.backbones.codec import TEMPLATES
+from mmseg_llm.backbones.chat import TEMPLATES
 from mmseg_llm.data.synthetic import LEVELS, make_scene
 from mmseg_llm.heads.mask_decoder.prompts import OFFICIAL, Prompts
 

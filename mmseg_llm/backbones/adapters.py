@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
     from transformers import PreTrainedModel
+
+    from mmseg_llm.backbones.base import Backbone
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -18,18 +19,31 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "qwen2": PROJECTIONS,
     "qwen3": PROJECTIONS,
     "llama": PROJECTIONS,
+    "smollm3": PROJECTIONS,
+    "qwen2_vl_text": PROJECTIONS,
+    "qwen2_5_vl_text": PROJECTIONS,
+    "qwen3_vl_text": PROJECTIONS,
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
 }
 
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA on the language model; scale is alpha / rank."""
+    """LoRA on the language model.
+
+    Attributes:
+        rank: of the update.
+        alpha: the update is scaled by alpha / rank, or by alpha / sqrt(rank) with `rank_stabilized` (rsLoRA).
+        dropout: on the input of the update.
+        targets: names of linear layers; those of the model family when None.
+        rank_stabilized: see `alpha`; STAMP's 7B recipe (specification section 5).
+    """
 
     rank: int = 64
     alpha: float = 128
     dropout: float = 0.05
     targets: tuple[str, ...] | None = None
+    rank_stabilized: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,13 @@ def add_lora(language_model: PreTrainedModel, lora: Lora) -> None:
     missing = [target for target in targets if target not in names]
     if missing:
         raise ValueError(f"LoRA targets {missing} match no layer of the language model; it has {sorted(names)[:20]}")
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(targets))
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        use_rslora=lora.rank_stabilized,
+    )
     inject_adapter_in_model(config, language_model)
 
 
@@ -88,14 +108,17 @@ def add_trainable_rows(model: PreTrainedModel, token_ids: Sequence[int]) -> None
     """Make single rows of the input embeddings and of the LM head trainable while the matrices stay frozen, in place."""
     from peft import TrainableTokensConfig, inject_adapter_in_model
 
-    config = TrainableTokensConfig(target_modules=["embed_tokens", "lm_head"], token_indices=sorted(token_ids))
+    # peft ties the LM head's rows to those of the embeddings by itself, and fails when both are named
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    targets = ["embed_tokens"] if is_tied else ["embed_tokens", "lm_head"]
+    config = TrainableTokensConfig(target_modules=targets, token_indices=sorted(token_ids))
     inject_adapter_in_model(config, model, adapter_name="rows")
 
 
-def set_trainable(model: PreTrainedModel, language_model: nn.Module, policy: Trainable) -> None:
-    """Freeze and unfreeze the parts of a model; adapters that were injected before stay trainable."""
-    core = model.model
-    parts = [(core.vision_tower, policy.vision), (core.multi_modal_projector, policy.projector)]
+def set_trainable(backbone: Backbone, policy: Trainable) -> None:
+    """Freeze and unfreeze the parts of a backbone; adapters that were injected before stay trainable."""
+    model, language_model = backbone.model, backbone.language_model
+    parts = [(backbone.vision_tower, policy.vision), (backbone.projector, policy.projector)]
     parts += [(language_model, policy.language), (model.get_output_embeddings(), policy.embeddings)]
     parts += [(model.get_input_embeddings(), policy.embeddings), (language_model.norm, policy.final_norm)]
     for module, trains in parts:

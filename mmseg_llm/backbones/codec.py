@@ -10,94 +10,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmseg_llm.backbones.chat import ChatTemplate, Token
 from mmseg_llm.backbones.coordinates import CoordinateCodec
+from mmseg_llm.backbones.image_geometry import ImageGeometry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from mmseg_llm.masks import Size
     from mmseg_llm.structures import Canvas
 
 IGNORE_INDEX = -100
 CODEC_FILE = "codec.json"
-
-# The constant system message of InternVL2.5 and later, and that of InternVL2 (both are part of the released models).
-INTERNVL2_5_SYSTEM = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
-)
-INTERNVL2_SYSTEM = (
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
-)
-
-
-class Token(str):
-    """A control token inside a prompt, by name. Plain strings in a prompt can never become control tokens."""
-
-    __slots__ = ()
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """ChatML-like turns around one image. Control tokens are named; `bos` opens the sequence where the family has one."""
-
-    system: str = INTERNVL2_5_SYSTEM
-    turn_start: str = "<|im_start|>"
-    turn_end: str = "<|im_end|>"
-    image_start: str = "<img>"
-    image_context: str = "<IMG_CONTEXT>"
-    image_end: str = "</img>"
-    bos: str | None = None
-
-    @property
-    def control_tokens(self) -> tuple[str, ...]:
-        """Every control token the template uses."""
-        names = (self.turn_start, self.turn_end, self.image_start, self.image_context, self.image_end)
-        return names if self.bos is None else (*names, self.bos)
-
-
-TEMPLATES = {
-    "internvl2_5": ChatTemplate(),
-    "internvl2": ChatTemplate(system=INTERNVL2_SYSTEM),
-    "plain": ChatTemplate(system=""),
-}
-
-
-@dataclass(frozen=True)
-class ImageGeometry:
-    """Fixed-size view of an image: pixels, patches of the vision tower and tokens of the language model.
-
-    Attributes:
-        image_size: `(h, w)` of the canvas.
-        patch: side of a patch in pixels.
-        merge: patches per token and axis (the inverse of the pixel-unshuffle ratio).
-        mean, std: channel statistics on the 0..1 scale.
-    """
-
-    image_size: tuple[int, int] = (448, 448)
-    patch: int = 14
-    merge: int = 2
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        """Raises: ValueError if the image size is not a whole number of tokens."""
-        step = self.patch * self.merge
-        if self.image_size[0] % step or self.image_size[1] % step:
-            raise ValueError(f"image size {self.image_size} must be a multiple of patch * merge = {step}")
-
-    @property
-    def patch_grid(self) -> tuple[int, int]:
-        """Rows and columns of vision patches."""
-        return (self.image_size[0] // self.patch, self.image_size[1] // self.patch)
-
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of image tokens in the language model."""
-        return (self.patch_grid[0] // self.merge, self.patch_grid[1] // self.merge)
-
-    @property
-    def num_tokens(self) -> int:
-        """Image tokens per image."""
-        return self.token_grid[0] * self.token_grid[1]
+TINY_TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_tokenizer"
 
 
 @dataclass
@@ -109,12 +34,16 @@ class Codec:
         geometry: image sizes and normalisation.
         template: chat turns.
         coordinates: how the family writes points.
+        rope_axes: 1, or 3 where image tokens have their place in time and in the grid for rotary positions (M-RoPE).
+        context: tokens the language model takes; 0 when unknown.
     """
 
     tokenizer: PreTrainedTokenizerBase
     geometry: ImageGeometry = field(default_factory=ImageGeometry)
     template: ChatTemplate = field(default_factory=ChatTemplate)
     coordinates: CoordinateCodec = field(default_factory=CoordinateCodec)
+    rope_axes: int = 1
+    context: int = 0
 
     def __post_init__(self) -> None:
         """Check that every control token is a single known id.
@@ -177,26 +106,52 @@ class Codec:
         kept = [index for index in ids if index != self.end_id]
         return self.tokenizer.decode(kept, skip_special_tokens=False).strip()
 
-    def image_prefix(self) -> tuple[int, ...]:
-        """Ids shared by everything asked about one image: system turn, user header and the image placeholders."""
-        t = self.template
-        parts: list[str] = [] if t.bos is None else [Token(t.bos)]
-        if t.system:
-            parts += [Token(t.turn_start), f"system\n{t.system}", Token(t.turn_end), "\n"]
-        parts += [Token(t.turn_start), "user\n", Token(t.image_start)]
-        parts += [Token(t.image_context)] * self.geometry.num_tokens
-        return self.encode(*parts, Token(t.image_end))
+    def image_prefix(self, canvas_size: Size | None = None) -> tuple[int, ...]:
+        """Ids shared by everything asked about one image: system turn, user header and the image placeholders.
 
-    def question(self, *parts: str) -> tuple[int, ...]:
-        """Ids from behind the image to the start of the answer; begin the text with a line break."""
+        Args:
+            canvas_size: of the image; of the fixed canvas when None.
+        """
         t = self.template
-        return self.encode(*parts, Token(t.turn_end), "\n") + self.encode(Token(t.turn_start), "assistant\n")
+        return self.encode(*t.opening(), *t.user(), *t.image(self.geometry.num_tokens(canvas_size)))
+
+    def question(self, *parts: str, is_first: bool = True) -> tuple[int, ...]:
+        """Ids of a question up to the start of its answer; the first one stands behind the image, later ones open a turn."""
+        t = self.template
+        start = [t.after_image] if is_first else t.user()
+        return self.encode(*start, *parts, *t.end_of_user(), *t.assistant())
 
     def answer(self, *parts: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids and labels of an answer: all of it is supervised, its end token too, the line break behind is not."""
-        ids = self.encode(*parts, Token(self.template.turn_end))
-        tail = self.encode("\n")
+        ids = self.encode(self.template.before_answer, *parts, Token(self.template.turn_end))
+        tail = self.encode(self.template.after_answer)
         return ids + tail, ids + (IGNORE_INDEX,) * len(tail)
+
+    def positions(self, ids: Sequence[int], canvas_size: Size | None = None) -> tuple[np.ndarray, int]:
+        """Rotary positions of a sequence with one image, and the position of whatever follows it.
+
+        With M-RoPE (Qwen2-VL, section 2.1) text advances all axes by one per token; an image that starts at p puts its token
+        (row, column) at (p, p + row, p + column), and text goes on at p + max(rows, columns).
+
+        Args:
+            ids: with at most one run of image placeholders.
+            canvas_size: of the image; of the fixed canvas when None.
+
+        Returns:
+            int64 `(rope_axes, N)` and the next position.
+        """
+        count = len(ids)
+        places = np.flatnonzero(np.asarray(ids) == self._ids[self.template.image_context])
+        if self.rope_axes == 1 or not len(places):
+            return np.broadcast_to(np.arange(count), (self.rope_axes, count)).copy(), count
+        rows, columns = self.geometry.token_grid(canvas_size)
+        assert len(places) == rows * columns and places[-1] - places[0] + 1 == len(places)
+        start, end = int(places[0]), int(places[-1]) + 1
+        row, column = (index.ravel() for index in np.indices((rows, columns)))
+        image = np.stack([np.zeros_like(row), row, column]) + start  # (3, T)
+        text = np.arange(count - end) + start + max(rows, columns)
+        parts = [np.arange(start)[None].repeat(3, 0), image, text[None].repeat(3, 0)]
+        return np.concatenate(parts, axis=1), start + max(rows, columns) + count - end
 
     def pixels(self, canvas: Canvas) -> np.ndarray:
         """Normalised float32 `(3, h, w)` of a canvas.
@@ -204,8 +159,11 @@ class Codec:
         Raises:
             ValueError: if the canvas has another size than the backbone takes.
         """
-        if canvas.size != self.geometry.image_size:
-            raise ValueError(f"canvas of size {canvas.size} given to a backbone that takes {self.geometry.image_size}")
+        g = self.geometry
+        if g.is_dynamic and (canvas.size[0] % g.step or canvas.size[1] % g.step):
+            raise ValueError(f"canvas of size {canvas.size} given to a backbone whose tokens are {g.step} pixels wide")
+        if not g.is_dynamic and canvas.size != g.image_size:
+            raise ValueError(f"canvas of size {canvas.size} given to a backbone that takes {g.image_size}")
         # scaled in float64 and then rounded, bit for bit as the stock image processors do it
         levels = (np.arange(256) * (1 / 255)).astype(np.float32)
         values: np.ndarray = levels[np.asarray(canvas.image, np.uint8)]  # (h, w, 3)
@@ -219,6 +177,8 @@ class Codec:
             "geometry": asdict(self.geometry),
             "template": asdict(self.template),
             "coordinates": asdict(self.coordinates),
+            "rope_axes": self.rope_axes,
+            "context": self.context,
         }
         (folder / CODEC_FILE).write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 
@@ -240,6 +200,8 @@ class Codec:
             geometry=ImageGeometry(**settings["geometry"]),
             template=ChatTemplate(**settings["template"]),
             coordinates=CoordinateCodec(**settings["coordinates"]),
+            rope_axes=settings.get("rope_axes", 1),
+            context=settings.get("context", 0),
         )
 
 
@@ -261,3 +223,14 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer can be loaded from '{source}': {str(error).splitlines()[0]}") from error
+
+
+def tiny_tokenizer(template: ChatTemplate) -> PreTrainedTokenizerBase:
+    """The tokenizer that ships with the package, with the control tokens of a template."""
+    from tokenizers import AddedToken
+
+    tokenizer = load_tokenizer(TINY_TOKENIZER)
+    known = tokenizer.get_vocab()
+    names = [name for name in template.control_tokens if name not in known]
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    return tokenizer

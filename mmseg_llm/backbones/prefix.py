@@ -1,12 +1,13 @@
 """One prefix, many suffixes: the cached state of an image and everything that was said about it so far.
 
 The branches of an image lie behind its prefix in the same cache row, as isolated blocks: nothing is copied per branch, and the
-attention pattern is the very object that training packs with. Legend: B images, S cached tokens, K blocks, D width.
+attention pattern is the very object that training packs with. Legend: B images, S cached tokens, K blocks, J new blocks, M new
+tokens, L prefix tokens, T image tokens, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from mmseg_llm.backbones.visibility import Visibility
 
 if TYPE_CHECKING:
-    from mmseg_llm.backbones.base import VisionFeatures
+    from mmseg_llm.backbones.features import VisionFeatures
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Mark:
 
     length: int
     visibility: Visibility
+    positions: torch.Tensor
     next_position: torch.Tensor
 
 
@@ -33,14 +35,16 @@ class Prefix:
     Attributes:
         cache: transformers `DynamicCache` of S tokens.
         visibility: pattern of the S cached tokens.
+        positions: `(B, S)` rotary position of each cached token (its place in time where there are several axes).
         next_position: `(B, K)` rotary position of the next token of each block.
         states: `(B, L, D)` post-norm states of the shared prefix.
-        image_positions: `(B, T)` positions of the image tokens.
+        image_positions: `(B, T)` positions of the image tokens, -1 at padding.
         features: of the vision tower.
     """
 
     cache: Any
     visibility: Visibility
+    positions: torch.Tensor
     next_position: torch.Tensor
     states: torch.Tensor
     image_positions: torch.Tensor
@@ -52,15 +56,29 @@ class Prefix:
         return self.visibility.block.shape[1]
 
     def open_branches(self, count: int) -> int:
-        """Add `count` isolated blocks that see all blocks there are now; returns the index of the first one."""
-        old = self.visibility
-        batch, first = old.bidirectional.shape
-        reach = old.reach.new_zeros(batch, first + count, first + count)
-        reach[:, :first, :first] = old.reach
-        reach[:, first:, 0] = self.length
-        flags = old.bidirectional.new_zeros(batch, count)
-        self.visibility = Visibility(old.block, reach, torch.cat([old.bidirectional, flags], dim=1))
-        self.next_position = torch.cat([self.next_position, self.next_position[:, :1].expand(-1, count)], dim=1)
+        """Add `count` isolated causal blocks behind the shared prefix; returns the index of the first one."""
+        parents = self.positions.new_zeros(len(self.positions), count)
+        starts = self.next_position[:, :1].expand(-1, count)
+        return self.open_blocks(parents, torch.full_like(parents, self.length), starts, bidirectional=False)
+
+    def open_blocks(
+        self, parents: torch.Tensor, seen: torch.Tensor, starts: torch.Tensor, *, bidirectional: bool
+    ) -> int:
+        """Add blocks that hang off others.
+
+        Args:
+            parents: `(B, J)` block of the last visible token of each.
+            seen: `(B, J)` exclusive bound on the visible tokens of the parent, as places in the cache; these may be places
+                that the parent's next tokens are about to take.
+            starts: `(B, J)` rotary position of the first token of each.
+            bidirectional: whether their tokens see each other in both directions.
+
+        Returns:
+            Index of the first new block.
+        """
+        first = self.visibility.num_blocks
+        self.visibility = self.visibility.open_blocks(parents, seen, bidirectional=bidirectional)
+        self.next_position = torch.cat([self.next_position, starts], dim=1)
         return first
 
     def append(self, block: torch.Tensor) -> torch.Tensor:
@@ -70,19 +88,20 @@ class Prefix:
         rank = (member.cumsum(1) - 1).gather(2, block.clamp(min=0)[..., None])[..., 0]
         positions = self.next_position.gather(1, block.clamp(min=0)) + rank.clamp(min=0)
         self.next_position = self.next_position + member.sum(1)
-        self.visibility = replace(self.visibility, block=torch.cat([self.visibility.block, block], dim=1))
+        self.positions = torch.cat([self.positions, positions], dim=1)
+        self.visibility = self.visibility.append(block)
         return positions
 
     def mark(self) -> Mark:
         """Remember this point."""
-        return Mark(self.length, self.visibility, self.next_position)
+        return Mark(self.length, self.visibility, self.positions, self.next_position)
 
     def rollback(self, mark: Mark) -> None:
         """Forget everything after `mark`, exactly."""
         surplus = self.length - mark.length
         if surplus:
             self.cache.crop(-surplus)
-        self.visibility, self.next_position = mark.visibility, mark.next_position
+        self.visibility, self.positions, self.next_position = mark.visibility, mark.positions, mark.next_position
 
     def fork(self, rows: torch.Tensor) -> Prefix:
         """An independent copy of some rows, in the order (and multiplicity) of `rows`; this prefix stays as it is."""
@@ -93,21 +112,9 @@ class Prefix:
         return Prefix(
             cache=cache,
             visibility=self.visibility.select(rows),
+            positions=self.positions[rows],
             next_position=self.next_position[rows],
             states=self.states[rows],
             image_positions=self.image_positions[rows],
             features=self.features.select(rows),
         )
-
-
-@dataclass
-class Generated:
-    """What `Backbone.generate` returns.
-
-    Attributes:
-        ids: `ids[row][branch]` generated token ids, the end token included when it was reached.
-        states: `states[row][branch]` `(T, D)`: the state that emitted each of these tokens.
-    """
-
-    ids: list[list[list[int]]]
-    states: list[list[torch.Tensor]] = field(default_factory=list)

@@ -4,16 +4,35 @@ Tokens belong to blocks. A token sees (1) its own block, causally or - in a bidi
 other block the tokens before a bound, which is zero for blocks it must not see. That covers a plain causal sequence, padding,
 a bidirectional mask span, the isolated branches behind a shared image prefix, and mask blocks hanging off a dialogue.
 
-Legend: B sequences, N query tokens, S key tokens, K blocks.
+Legend: B sequences, N query tokens, S key tokens, K blocks, J new blocks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+# Vision towers see no visibility; FlexAttention would only cost them compilation.
+VISION_ATTENTION = {"flex_attention": "sdpa"}
+
+
+def check_attention(implementation: str) -> None:
+    """Refuse implementations that would silently drop a visibility.
+
+    Raises:
+        ValueError: for FlashAttention and everything else that takes no mask of this kind.
+    """
+    if implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention implementation '{implementation}' ignores a visibility; "
+            f"load the model with attention set to one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -58,23 +77,39 @@ class Visibility:
             bidirectional=torch.zeros(batch, num_blocks, dtype=torch.bool, device=block.device),
         )
 
-    def with_block(self, parent: int, length: int, *, seen: int, bidirectional: bool) -> Visibility:
-        """Append a block of `length` tokens that sees the positions before `seen` of `parent` and what those see.
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return self.bidirectional.shape[1]
+
+    def open_blocks(self, parents: torch.Tensor, seen: torch.Tensor, *, bidirectional: bool) -> Visibility:
+        """Room for J new blocks, which get their tokens with `append`; they are isolated from each other.
 
         Args:
-            parent: block it hangs off; the blocks that the parent sees stay visible.
-            length: number of tokens appended to every sequence.
-            seen: exclusive bound on the positions of the parent's tokens.
-            bidirectional: whether the new tokens see each other in both directions.
+            parents: `(B, J)` block each one hangs off; what the parent sees stays visible.
+            seen: `(B, J)` exclusive bound on the positions of the parent's tokens.
+            bidirectional: whether the tokens of a new block see each other in both directions.
         """
+        batch, old = self.bidirectional.shape
+        new = parents.shape[1]
+        reach = self.reach.new_zeros(batch, old + new, old + new)
+        reach[:, :old, :old] = self.reach
+        inherited = self.reach.gather(1, parents[..., None].expand(-1, -1, old))  # (B, J, K)
+        reach[:, old:, :old] = inherited.scatter(2, parents[..., None], seen[..., None])
+        flags = self.bidirectional.new_full((batch, new), bidirectional)
+        return Visibility(self.block, reach, torch.cat([self.bidirectional, flags], dim=1))
+
+    def append(self, block: torch.Tensor) -> Visibility:
+        """More tokens at the end, of the blocks `block` `(B, M)`; -1 is padding."""
+        return replace(self, block=torch.cat([self.block, block], dim=1))
+
+    def with_block(self, parent: int, length: int, *, seen: int | torch.Tensor, bidirectional: bool) -> Visibility:
+        """One new block of `length` tokens behind `parent` in every sequence; `seen` is one bound, or `(B,)` of them."""
         batch, count = self.bidirectional.shape
-        block = torch.cat([self.block, self.block.new_full((batch, length), count)], dim=1)
-        reach = self.reach.new_zeros(batch, count + 1, count + 1)
-        reach[:, :count, :count] = self.reach
-        reach[:, count, :count] = self.reach[:, parent]
-        reach[:, count, parent] = seen
-        flag = self.bidirectional.new_full((batch, 1), bidirectional)
-        return Visibility(block, reach, torch.cat([self.bidirectional, flag], dim=1))
+        bounds = torch.as_tensor(seen, device=self.block.device).expand(batch)[:, None]
+        parents = torch.full_like(bounds, parent)
+        opened = self.open_blocks(parents, bounds, bidirectional=bidirectional)
+        return opened.append(self.block.new_full((batch, length), count))
 
     def allowed(self, num_queries: int | None = None) -> torch.Tensor:
         """`(B, N, S)` bool of the last `num_queries` tokens (all when None).
@@ -101,17 +136,18 @@ class Visibility:
 
     def render(
         self, implementation: str, dtype: torch.dtype = torch.float32, num_queries: int | None = None
-    ) -> torch.Tensor:
-        """The 4-D mask `(B, 1, N, S)` that the attention implementation honours: bool for SDPA, additive for eager.
+    ) -> torch.Tensor | BlockMask:
+        """The mask that the attention implementation honours.
+
+        Returns:
+            `(B, 1, N, S)`, bool for SDPA, additive for eager; a block mask of this shape for FlexAttention.
 
         Raises:
             ValueError: for implementations that would silently ignore it.
         """
-        if implementation not in ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(
-                f"attention implementation '{implementation}' ignores a visibility; "
-                f"load the model with attention set to one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
-            )
+        check_attention(implementation)
+        if implementation == "flex_attention":
+            return self._block_mask(num_queries)
         allowed = self.allowed(num_queries)[:, None]
         if implementation == "sdpa":
             return allowed
@@ -119,6 +155,26 @@ class Visibility:
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
             ~allowed, torch.finfo(dtype).min
         )
+
+    def _block_mask(self, num_queries: int | None) -> BlockMask:
+        """The rule of `allowed` as a function of indices; nothing of size N x S is stored beyond the blocks' flags."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        batch, length = self.block.shape
+        count = length if num_queries is None else num_queries
+        first = length - count
+        block, reach, both_ways = self.block, self.reach, self.bidirectional
+
+        def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
+            query = q + first
+            q_block, k_block = block[b, query], block[b, k]
+            i, j = q_block.clamp(min=0), k_block.clamp(min=0)
+            is_before = k <= query
+            seen = torch.where(i == j, is_before | both_ways[b, i], k < reach[b, i, j])
+            # padding sees itself too, so that no row is empty
+            return (torch.where(q_block >= 0, seen, is_before) & (k_block >= 0)) | ((q_block < 0) & (k == query))
+
+        return create_block_mask(visible, B=batch, H=None, Q_LEN=count, KV_LEN=length, device=str(block.device))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Visibility:
         """The same pattern on `device`."""

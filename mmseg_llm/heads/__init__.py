@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmseg_llm.heads.all_mask.head import AllMaskHead
     from mmseg_llm.heads.base import Head
     from mmseg_llm.heads.mask_decoder.head import MaskDecoderHead
 
-__all__ = ["Head", "MaskDecoderHead"]
+__all__ = ["AllMaskHead", "Head", "MaskDecoderHead"]
 
-_HOMES = {"Head": "mmseg_llm.heads.base", "MaskDecoderHead": "mmseg_llm.heads.mask_decoder.head"}
+_HOMES = {
+    "AllMaskHead": "mmseg_llm.heads.all_mask.head",
+    "Head": "mmseg_llm.heads.base",
+    "MaskDecoderHead": "mmseg_llm.heads.mask_decoder.head",
+}
 
 
 def __getattr__(name: str) -> Any:

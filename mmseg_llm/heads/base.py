@@ -58,6 +58,10 @@ class Head(nn.Module):
             One prediction per query, sample by sample, in order.
         """
 
+    def metric(self, protocol: str, has_no_target: bool) -> str:
+        """The metric protocol that belongs to a way of predicting, on data with or without no-target queries."""
+        return "clean"
+
     def check_protocol(self, protocol: str) -> None:
         """Raise ValueError for a protocol this head does not have."""
         if protocol not in self.protocols:

@@ -49,6 +49,7 @@ PROTOCOLS = {
         "actual", "empty", "MLLMSeg test_mllmseg_res; its gIoU is gIoU_per_image", 1e-5, 1e-10, box="official"
     ),
     "mllmseg_gres": Protocol("actual", "rejected", "MLLMSeg test_mllmseg_gres", 1e-8, 1e-10, 1e-5),
+    "stamp": Protocol("actual", "empty", "STAMP eval, class 1 of its histogram", 1e-5, 1e-5),
     "lisa": Protocol("actual", "empty", "LISA validate, SegAgent eval_result_iou", 1e-5, 1e-10),
     "rela": Protocol("missed", "rejected", "ReLA ReferEvaluator on gRefCOCO (as fractions)"),
 }

@@ -8,9 +8,12 @@ backbone/           architecture, tokenizer and codec, so that the base checkpoi
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 if TYPE_CHECKING:
@@ -115,16 +118,69 @@ def load_weights(model: PerceptionModel, path: Path) -> None:
     Raises:
         ValueError: if the file is damaged, or keys or shapes do not fit.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_model as load_into
 
-    try:
+    with _reading(path):
         missing, unexpected = load_into(model, str(path), strict=False)
+    if missing or unexpected:
+        raise ValueError(f"{path} does not fit the model: {_faults(missing, unexpected)}; use the file of this run")
+
+
+def load_backbone(model: PerceptionModel, path: Path) -> None:
+    """Load the backbone of a run whose heads may be others, in place.
+
+    The rows of control tokens, which differ between heads, keep their fresh values; those of the base vocabulary are taken.
+
+    Raises:
+        ValueError: if the file is damaged or holds another backbone.
+    """
+    from safetensors.torch import load_file
+
+    with _reading(path):
+        stored = load_file(path)
+    wanted = dict(model.backbone.named_parameters()) | dict(model.backbone.named_buffers())
+    stored = {key.removeprefix("backbone."): value for key, value in stored.items() if key.startswith("backbone.")}
+    persistent = model.backbone.state_dict()
+    missing, unexpected = persistent.keys() - stored.keys(), stored.keys() - persistent.keys()
+    head = model.backbone.lm_head.weight
+    if head is model.backbone.model.get_input_embeddings().weight:  # stored once where they are tied
+        missing = {
+            key for key in missing if wanted.get(key) is not head and persistent[key].data_ptr() != head.data_ptr()
+        }
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} holds another backbone: {_faults(missing, unexpected)}; use one of the same architecture"
+        )
+    base = model.backbone.base_vocabulary
+    vocabulary = {id(head), id(model.backbone.model.get_input_embeddings().weight)}
+    with torch.no_grad():
+        for key, value in stored.items():
+            target = wanted[key]
+            rows = base if id(target) in vocabulary else len(target) if target.dim() else None
+            if value.shape[1:] != target.shape[1:] or (rows is not None and len(value) < rows):
+                raise ValueError(
+                    f"{path} holds another backbone: {key} is {tuple(value.shape)}, the model has {tuple(target.shape)}; "
+                    "use one of the same architecture and vocabulary"
+                )
+            if rows is None:
+                target.copy_(value)
+            else:
+                target[:rows].copy_(value[:rows])
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn the errors of a damaged or foreign file into one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}; copy it from the run again"
         ) from error
-    faults = [f"{len(keys)} {kind} keys such as {sorted(keys)[0]}" for kind, keys in
-              (("missing", missing), ("unexpected", unexpected)) if keys]  # fmt: skip
-    if faults:
-        raise ValueError(f"{path} does not fit the model: {' and '.join(faults)}; use the file of this run")
+
+
+def _faults(missing: Collection[str], unexpected: Collection[str]) -> str:
+    return " and ".join(f"{len(keys)} {kind} keys such as {sorted(keys)[0]}" for kind, keys in
+                        (("missing", missing), ("unexpected", unexpected)) if keys)  # fmt: skip

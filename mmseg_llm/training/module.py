@@ -14,7 +14,7 @@ from mmseg_llm.heads.base import Head
 from mmseg_llm.metrics.referring import ReferringSegmentation
 from mmseg_llm.model import PerceptionModel
 from mmseg_llm.structures import Batch, Prediction, Sample
-from mmseg_llm.training.checkpoint import find_weights, load_weights
+from mmseg_llm.training.checkpoint import find_weights, load_backbone, load_weights
 from mmseg_llm.training.data import Parcel
 
 
@@ -56,6 +56,7 @@ class PerceptionModule(LightningModule):
         metric: protocol of the validation metric, see `ReferringSegmentation`.
         initial_weights: `model.safetensors` of a run with the same model, or the name of a file in the package's assets, to
             start from.
+        initial_backbone: the same of a run with the same backbone, whatever its heads.
 
     Raises:
         ValueError: if the initial weights are missing or do not fit.
@@ -69,6 +70,7 @@ class PerceptionModule(LightningModule):
         protocol: str = "generate",
         metric: str = "clean",
         initial_weights: str | None = None,
+        initial_backbone: str | None = None,
     ) -> None:
         super().__init__()
         self.model = PerceptionModel(backbone, heads)
@@ -77,6 +79,8 @@ class PerceptionModule(LightningModule):
                 parameter.data = parameter.data.float()
         if initial_weights is not None:
             load_weights(self.model, find_weights(initial_weights))
+        if initial_backbone is not None:
+            load_backbone(self.model, find_weights(initial_backbone))
         self.optimization = optimization
         self.protocol = protocol
         self.metric = ReferringSegmentation(metric)

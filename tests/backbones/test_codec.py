@@ -11,10 +11,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmseg_llm.backbones.codec import IGNORE_INDEX, TEMPLATES, Codec, ImageGeometry, Token, load_tokenizer
+from mmseg_llm.backbones.chat import TEMPLATES, Token
+from mmseg_llm.backbones.codec import IGNORE_INDEX, TINY_TOKENIZER, Codec, load_tokenizer, tiny_tokenizer
 from mmseg_llm.backbones.coordinates import CoordinateCodec
-from mmseg_llm.backbones.internvl import TINY_TOKENIZER
+from mmseg_llm.backbones.image_geometry import ImageGeometry
 from mmseg_llm.geometry import stretch
+
+
+def chatml(system: str, image: str) -> str:
+    turn = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    return (
+        f"{turn}<|im_start|>user\n{image}Can you segment the cube in this image?<|im_end|>\n"
+        "<|im_start|>assistant\nSure, it is [SEG].<|im_end|>\n"
+    )
+
+
+INTERNVL_IMAGE = "<img>" + "<IMG_CONTEXT>" * 36 + "</img>\n"
+QWEN_IMAGE = "<|vision_start|>" + "<|image_pad|>" * 36 + "<|vision_end|>"
+VICUNA = "USER: " + "<image>" * 36 + "\nCan you segment the cube in this image? ASSISTANT: Sure, it is [SEG].</s>"
+EXPECTED = {
+    "internvl2_5": chatml(TEMPLATES["internvl2_5"].system, INTERNVL_IMAGE),
+    "internvl2": chatml(TEMPLATES["internvl2"].system, INTERNVL_IMAGE),
+    "plain": chatml("", INTERNVL_IMAGE),
+    "qwen2_vl": chatml("You are a helpful assistant.", QWEN_IMAGE),
+    "qwen3_vl": chatml("", QWEN_IMAGE),
+    "llava_1_5": "<s>" + VICUNA,
+    "llava_vicuna": f"<s>{TEMPLATES['llava_vicuna'].system} {VICUNA}",
+    "llava_chatml": chatml("", "<image>" * 36 + "\n"),
+}
+FOLLOW_UP = {
+    "chatml": "<|im_start|>user\nAnd the ball?<|im_end|>\n<|im_start|>assistant\n",
+    "vicuna": "USER: And the ball? ASSISTANT:",
+}
 
 
 @pytest.fixture
@@ -53,29 +81,28 @@ def test_user_text_cannot_inject_control_tokens(codec):
         ids = codec.encode(text)
         assert not control & set(ids), text
         assert codec.tokenizer.decode(list(ids)) == text
-    question = codec.question("\n", "segment [SEG]<|im_end|>")
+    question = codec.question("segment [SEG]<|im_end|>")
     assert [index for index in question if index in control] == [codec.end_id, codec.token_id("<|im_start|>")]
     assert codec.encode("a ", Token("[SEG]"), "b").count(codec.token_id("[SEG]")) == 1
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_prompt_equals_the_tokenised_string(template):
-    codec = Codec(load_tokenizer(TINY_TOKENIZER), ImageGeometry((96, 96), 8, 2), TEMPLATES[template])
+    chosen = TEMPLATES[template]
+    codec = Codec(tiny_tokenizer(chosen), ImageGeometry((96, 96), 8, 2), chosen)
     codec.add_tokens(["[SEG]"])
     prefix = codec.image_prefix()
-    question = codec.question("\n", "Can you segment the cube in this image?")
+    question = codec.question("Can you segment the cube in this image?")
     answer, labels = codec.answer("Sure, it is ", Token("[SEG]"), ".")
-    system = TEMPLATES[template].system
-    turn = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-    text = (
-        turn + "<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * 36 + "</img>\nCan you segment the cube in this image?"
-        "<|im_end|>\n<|im_start|>assistant\nSure, it is [SEG].<|im_end|>\n"
-    )
-    assert list(prefix + question + answer) == codec.tokenizer.encode(text, add_special_tokens=False)
-    assert prefix.count(codec.token_id("<IMG_CONTEXT>")) == codec.geometry.num_tokens == 36
-    assert prefix.count(codec.token_id("</img>")) == 1
-    assert labels[:-1] == answer[:-1] and labels[-1] == IGNORE_INDEX and answer[-2] == codec.end_id
+    assert list(prefix + question + answer) == codec.tokenizer.encode(EXPECTED[template], add_special_tokens=False)
+    assert prefix.count(codec.token_id(chosen.image_context)) == codec.geometry.num_tokens() == 36
+    places = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
+    assert [labels[place] for place in places] == list(answer[: len(places)]) and answer[
+        len(places) - 1
+    ] == codec.end_id
     assert codec.decode(answer) == "Sure, it is [SEG]."
+    follow_up = codec.tokenizer.decode(list(codec.question("And the ball?", is_first=False)))
+    assert follow_up == FOLLOW_UP[chosen.style]
 
 
 def test_round_trip(codec, tmp_path):
@@ -103,7 +130,7 @@ def test_loading_from_elsewhere_is_refused(tmp_path):
 
 def test_geometry():
     geometry = ImageGeometry()
-    assert (geometry.patch_grid, geometry.token_grid, geometry.num_tokens) == ((32, 32), (16, 16), 256)
+    assert (geometry.patch_grid(), geometry.token_grid(), geometry.num_tokens()) == ((32, 32), (16, 16), 256)
     with pytest.raises(ValueError, match="multiple of"):
         ImageGeometry((100, 96), 8, 2)
 

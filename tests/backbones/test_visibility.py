@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -127,7 +129,7 @@ def test_select_and_to():
     assert visibility.to("meta").block.is_meta
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "paged|sdpa"])
 def test_refuses_implementations_that_ignore_it(name):
-    with pytest.raises(ValueError, match=f"{name}.*sdpa, eager"):
+    with pytest.raises(ValueError, match=f"{re.escape(name)}.*sdpa, eager, flex_attention"):
         Visibility.causal(torch.ones(1, 2)).render(name)

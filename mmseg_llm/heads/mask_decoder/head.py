@@ -19,7 +19,8 @@ from PIL import Image
 
 from mmseg_llm.backbones.codec import IGNORE_INDEX, Codec
 from mmseg_llm.backbones.collate import collate
-from mmseg_llm.geometry import canvas_to_original, mask_to_canvas, stretch
+from mmseg_llm.backbones.features import VisionFeatures, gather
+from mmseg_llm.geometry import canvas_to_original, frame, mask_to_canvas, stretch
 from mmseg_llm.heads.base import Head
 from mmseg_llm.heads.mask_decoder.decoder import MaskDecoder
 from mmseg_llm.heads.mask_decoder.losses import clean_mask_loss, official_mask_loss
@@ -27,7 +28,7 @@ from mmseg_llm.heads.mask_decoder.prompts import OFFICIAL, REJ, SEG, Prompts, cl
 from mmseg_llm.structures import Batch, Canvas, Example, Mask, Prediction, Sample, Suffix
 
 if TYPE_CHECKING:
-    from mmseg_llm.backbones.base import Backbone, VisionFeatures
+    from mmseg_llm.backbones.base import Backbone
     from mmseg_llm.structures import Query
 
 MASK_THRESHOLD = 0.5
@@ -91,8 +92,9 @@ class MaskDecoderHead(Head):
     def bind(self, backbone: Backbone) -> None:
         """Create the network for the backbone's widths and grids."""
         geometry = backbone.codec.geometry
-        if geometry.patch_grid[0] != geometry.patch_grid[1]:
-            raise ValueError(f"the mask decoder needs a square image, got patch grid {geometry.patch_grid}")
+        rows, columns = geometry.patch_grid()
+        if rows != columns:
+            raise ValueError(f"the mask decoder needs a square image, got patch grid {(rows, columns)}")
         self.decoder = MaskDecoder(
             vision_width=backbone.vision_width,
             text_width=backbone.text_width,
@@ -121,7 +123,8 @@ class MaskDecoderHead(Head):
         if self.jpeg_quality is not None:
             image = _jpeg(image, int(rng.integers(self.jpeg_quality[0], self.jpeg_quality[1] + 1)))
         canvas = stretch(image, codec.geometry.image_size)
-        targets = tuple(self._target(sample, sample.queries[i], canvas) for i in labelled)
+        seen = frame(canvas, codec.geometry.covered(canvas.size))
+        targets = tuple(self._target(sample, sample.queries[i], seen) for i in labelled)
         return self._example(sample, canvas, codec, suffixes, targets)
 
     def _example(
@@ -132,7 +135,7 @@ class MaskDecoderHead(Head):
             sample=sample,
             canvas=canvas,
             pixels=codec.pixels(canvas),
-            prefix=codec.image_prefix(),
+            prefix=codec.image_prefix(canvas.size),
             suffixes=suffixes,
             targets=targets,
         )
@@ -154,7 +157,7 @@ class MaskDecoderHead(Head):
         slots = [REJ if query.is_no_target and not always_seg else SEG for query in queries]
         if prompts is OFFICIAL:
             names = [name.lower() for name in names]
-        start = codec.question("\n", question.format(x=", ".join(names).lower()))
+        start = codec.question(question.format(x=", ".join(names).lower()))
         ids, labels = codec.answer(*style.parts(names, slots))
         all_ids = start + ids
         places = [i for i, index in enumerate(ids) if index in (codec.token_id(SEG), codec.token_id(REJ))]
@@ -228,21 +231,29 @@ class MaskDecoderHead(Head):
             image_states, found = self._forced(backbone, features, asked, canvases, protocol)
         cache = self.decoder.encode_image(features.patches, image_states)  # (B, P, C)
         drawn = self._draw(cache, found)
+        covered = codec.geometry.covered()
         return [
             prediction
             for row, sample in enumerate(asked)
-            for prediction in self._finish(sample, canvases[row], drawn.get(row), found[row])
+            for prediction in self._finish(sample, frame(canvases[row], covered), drawn.get(row), found[row])
         ]
+
+    def metric(self, protocol: str, has_no_target: bool) -> str:
+        """The reference's rules under its own protocol, which differ between its two evaluation scripts."""
+        if protocol != "official":
+            return super().metric(protocol, has_no_target)
+        return "mllmseg_gres" if has_no_target else "mllmseg_res"
 
     def _generate(
         self, backbone: Backbone, features: VisionFeatures, samples: Sequence[Sample]
     ) -> tuple[torch.Tensor, list[list[_Answer]]]:
         """Decode one branch per query behind the shared image prefix."""
         codec = backbone.codec
-        prefix = backbone.prefill(features, codec.image_prefix())
+        prompt = codec.image_prefix(codec.geometry.image_size)
+        prefix = backbone.prefill(features, [prompt] * len(samples))
         question = self.prompts.questions[0]
         suffixes = [
-            [codec.question("\n", question.format(x=clean_expression(query.text).lower())) for query in sample.queries]
+            [codec.question(question.format(x=clean_expression(query.text).lower())) for query in sample.queries]
             for sample in samples
         ]
         generated = backbone.generate(
@@ -348,11 +359,6 @@ class _Answer:
     state: torch.Tensor | None
     is_seg: bool
     confidence: float
-
-
-def gather(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """`states` `(B, N, D)` at `positions` `(B, T)`, as `(B, T, D)`."""
-    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def _jpeg(image: Image.Image, quality: int) -> Image.Image:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmseg_llm.backbones.codec import Token
+from mmseg_llm.backbones.chat import Token
 
 SEG = Token("[SEG]")
 REJ = Token("[REJ]")

@@ -244,7 +244,8 @@ def test_collate(model):
     codec = model.backbone.codec
     rows, length = batch.ids.shape
     assert rows == 2
-    for tensor in (batch.labels, batch.positions, batch.visibility.block):
+    assert batch.positions.shape == (1, 2, length)
+    for tensor in (batch.labels, batch.visibility.block):
         assert tensor.shape == (2, length)
     assert batch.pixels.shape == (2, 3, 96, 96) and batch.image_positions.shape == (2, 36)
     assert batch.slot_rows.tolist() == [0] * 4 + [1] * 4 and batch.slot_queries.tolist() == [0, 1, 2, 3] * 2

@@ -1,0 +1,229 @@
+"""Predicting with the all-mask head: images in, one prediction per query out, everything batched.
+
+Legend: B images, K masks, C classes, h w cells, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from mmseg_llm.geometry import frame
+from mmseg_llm.heads.all_mask import dialogue
+from mmseg_llm.heads.all_mask.grid import upsample
+from mmseg_llm.heads.all_mask.passes import Trigger
+from mmseg_llm.heads.all_mask.prompts import fill
+from mmseg_llm.masks import Mask
+from mmseg_llm.structures import Canvas, Prediction, Sample
+
+if TYPE_CHECKING:
+    from mmseg_llm.backbones.base import Backbone
+    from mmseg_llm.backbones.prefix import Prefix
+    from mmseg_llm.heads.all_mask.head import AllMaskHead
+
+
+@dataclass
+class Said:
+    """What the language model answered to some queries of an image.
+
+    Attributes:
+        row: image.
+        query_ids: queries the answer is about, one unless classes are shared.
+        text: of the answer.
+        triggers: places its masks hang off.
+        refused: whether it said that nothing fits.
+        confidence: of having said the trigger rather than the refusal.
+    """
+
+    row: int
+    query_ids: list[int]
+    text: str = ""
+    triggers: list[Trigger] = field(default_factory=list)
+    refused: bool = False
+    confidence: float = 1.0
+
+
+def answer_samples(head: AllMaskHead, backbone: Backbone, samples: Sequence[Sample], protocol: str) -> list[Prediction]:
+    """See `AllMaskHead.predict`."""
+    asked = [sample for sample in samples if sample.queries]
+    if not asked:
+        return []
+    prefix, canvases = open_images(head, backbone, asked)
+    dense = head.dense_features(prefix.features)
+    found: dict[tuple[int, int], Prediction] = {}
+    upsampling: Literal["bilinear", "nearest"] = "nearest" if protocol == "official" else head.upsampling
+    for is_chat in (False, True):
+        groups = [_groups(head, sample, is_chat) for sample in asked]
+        if not any(groups):
+            continue
+        mark = prefix.mark()
+        if protocol == "force_segment" and not is_chat:
+            said = _force(head, backbone, prefix, asked, groups)
+        else:
+            said = _generate(head, backbone, prefix, asked, groups, is_chat, protocol)
+        logits = iter(head.cell_logits(backbone, prefix, [t for item in said for t in item.triggers], dense))
+        for item in said:
+            masks = [next(logits) for _ in item.triggers]
+            for query_id, prediction in finish(head, asked[item.row], canvases[item.row], item, masks, upsampling):
+                found[item.row, query_id] = prediction
+        prefix.rollback(mark)
+    return [found[row, i] for row, sample in enumerate(asked) for i in range(len(sample.queries))]
+
+
+def open_images(head: AllMaskHead, backbone: Backbone, samples: Sequence[Sample]) -> tuple[Prefix, list[Canvas]]:
+    """Encode images once and cache their shared prefix; the frames are what the mask grids cover."""
+    codec = backbone.codec
+    canvases = [head.canvas(sample, codec) for sample in samples]
+    sizes = [canvas.size for canvas in canvases]
+    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+    pixels = np.zeros((len(sizes), 3, height, width), np.float32)
+    for row, canvas in enumerate(canvases):
+        pixels[row, :, : canvas.size[0], : canvas.size[1]] = codec.pixels(canvas)
+    features = backbone.encode_images(torch.from_numpy(pixels).to(backbone.device, backbone.model.dtype), sizes)
+    prefix = backbone.prefill(features, [codec.image_prefix(size) for size in sizes])
+    return prefix, [frame(canvas, codec.geometry.covered(canvas.size)) for canvas in canvases]
+
+
+def _groups(head: AllMaskHead, sample: Sample, is_chat: bool) -> list[list[int]]:
+    """Queries that are asked together: each alone, or as many as there are classes."""
+    chosen = [i for i, query in enumerate(sample.queries) if (query.task == "chat") == is_chat]
+    size = 1 if is_chat else max(1, head.num_classes - 1)
+    return [chosen[start : start + size] for start in range(0, len(chosen), size)]
+
+
+def _force(
+    head: AllMaskHead,
+    backbone: Backbone,
+    prefix: Prefix,
+    samples: Sequence[Sample],
+    groups: Sequence[Sequence[Sequence[int]]],
+) -> list[Said]:
+    """Answers that are given: the first template and its trigger, to be run in the pass of the mask itself."""
+    first = prefix.open_branches(max(len(row) for row in groups))
+    said = []
+    for row, (sample, parts) in enumerate(zip(samples, groups, strict=True)):
+        for branch, part in enumerate(parts):
+            queries = [sample.queries[i] for i in part]
+            stub = fill(head.prompts.answers[0], dialogue.listing(head, queries))
+            question = backbone.codec.question(dialogue.question_of(head, queries, None))
+            before = backbone.codec.template.before_answer
+            lead = question + backbone.codec.encode(before + (f"{stub} " if stub else "")) + (head.seg_id,)
+            said.append(Said(row, list(part), stub, [Trigger(row, first + branch, lead=lead)]))
+    return said
+
+
+def _generate(
+    head: AllMaskHead,
+    backbone: Backbone,
+    prefix: Prefix,
+    samples: Sequence[Sample],
+    groups: Sequence[Sequence[Sequence[int]]],
+    is_chat: bool,
+    protocol: str,
+) -> list[Said]:
+    """Answers that the language model gives, one branch per group behind the shared image prefix."""
+    codec = backbone.codec
+    prompts: list[list[tuple[int, ...]]] = []
+    for sample, parts in zip(samples, groups, strict=True):
+        row: list[tuple[int, ...]] = []
+        for part in parts:
+            queries = [sample.queries[i] for i in part]
+            rng = dialogue.template_draw(head, sample, queries[0]) if protocol == "official" else None
+            text = (
+                dialogue.opening(queries[0], codec)
+                if is_chat
+                else codec.question(dialogue.question_of(head, queries, rng))
+            )
+            row.append(text)
+        prompts.append(row)
+    ends = (head.no_id,) if is_chat or head.max_masks > 1 else (head.seg_id, head.no_id)
+    generated = backbone.generate(prefix, prompts, max_new_tokens=head.max_new_tokens, stop=ends, keep=True)
+    said = []
+    for row, parts in enumerate(groups):
+        for branch, part in enumerate(parts):
+            ids, places = generated.ids[row][branch], generated.places[row][branch]
+            triggers = find_triggers(head, row, generated.first + branch, ids, places)
+            limit = len(triggers) if is_chat else head.max_masks
+            item = Said(row, list(part), codec.decode(ids), triggers[:limit], refused=head.no_id in ids)
+            item.confidence = _confidence(head, backbone, ids, generated.states[row][branch])
+            said.append(item)
+    return said
+
+
+def find_triggers(head: AllMaskHead, row: int, block: int, ids: Sequence[int], places: Sequence[int]) -> list[Trigger]:
+    """The triggers among generated tokens; the last token has not been cached yet and leads its mask pass."""
+    return [
+        Trigger(row, block, place=place) if place >= 0 else Trigger(row, block, lead=(index,))
+        for index, place in zip(ids, places, strict=True)
+        if index == head.seg_id
+    ]
+
+
+def _confidence(head: AllMaskHead, backbone: Backbone, ids: Sequence[int], states: torch.Tensor) -> float:
+    """Odds of the trigger against the refusal where one of them was said; 0 without either."""
+    slot = next((i for i, index in enumerate(ids) if index in (head.seg_id, head.no_id)), None)
+    if slot is None:
+        return 0.0
+    if head.no_target == "empty_mask":
+        return 1.0
+    return float(backbone.logits(states[slot])[[head.seg_id, head.no_id]].softmax(-1)[0])
+
+
+def finish(
+    head: AllMaskHead,
+    sample: Sample,
+    canvas: Canvas,
+    said: Said,
+    masks: Sequence[torch.Tensor],
+    upsampling: Literal["bilinear", "nearest"],
+) -> list[tuple[int, Prediction]]:
+    """Cells to pixels: one prediction for each query of an answer.
+
+    Args:
+        head: of the masks.
+        sample: asked about.
+        canvas: what the grid covers.
+        said: the answer.
+        masks: logits of the cells `(C, h, w)` of its triggers.
+        upsampling: of cells to pixels.
+    """
+    if masks:
+        # a query with several masks is answered by their union
+        values = torch.stack([_binary(logits) for logits in masks]).amax(0)  # (queries, h, w)
+        fine = upsample(values, canvas, upsampling)  # (queries, H, W)
+        is_on = fine > 0
+        certainty = (fine.sigmoid() * is_on).sum((1, 2)) / is_on.sum((1, 2)).clamp(min=1)
+        arrays, soft = is_on.to(torch.uint8).cpu().numpy(), values.cpu().numpy()
+    out = []
+    for i, query_id in enumerate(said.query_ids):
+        query = sample.queries[query_id]
+        mask = Mask.from_array(arrays[i]) if masks else Mask.empty(sample.size)
+        is_there = mask.area > 0 and not said.refused
+        prediction = Prediction(
+            query=query.text,
+            size=(int(sample.size[0]), int(sample.size[1])),
+            query_id=query.id or str(query_id),
+            sample_id=sample.id,
+            text=said.text,
+            mask=mask,
+            box=mask.box,
+            score=said.confidence * float(certainty[i]) if is_there else said.confidence,
+            exists=is_there,
+            mask_logits=soft[i] if masks else None,
+            image=sample.image,
+        )
+        out.append((query_id, prediction))
+    return out
+
+
+def _binary(logits: torch.Tensor) -> torch.Tensor:
+    """Log-odds of each class but the background against all others, `(max(1, C - 1), h, w)`; positive where it wins."""
+    if len(logits) == 1:
+        return logits
+    best = logits.topk(2, dim=0).values  # the strongest rival of each class decides
+    rival = torch.where(logits == best[:1], best[1:], best[:1])
+    return (logits - rival)[1:]
