@@ -19,13 +19,14 @@ def evaluate(
     checkpoint: Path,
     data: Path,
     output: Path,
-    protocol: Literal["generate", "per_expression", "official"] = "generate",
+    protocol: str = "generate",
     split: Literal["train", "val", "test"] = "test",
     head: str | None = None,
     metric: str | None = None,
     batch_size: int = 16,
     device: str | None = None,
     max_samples: int | None = None,
+    refiner: Path | None = None,
 ) -> None:
     """Score a checkpoint on a dataset; writes scores, protocol and every prediction as RLE.
 
@@ -33,25 +34,35 @@ def evaluate(
         checkpoint: run folder.
         data: data config (configs/data/*.yaml).
         output: JSON file to write.
-        protocol: how the head answers.
+        protocol: how the head answers: generate, official, and per_expression (mask_decoder) or force_segment (all_mask).
         split: which dataset of the data config.
         head: name of the head; the first one by default.
         metric: rules of the metric; by default clean, or the reference's own with protocol official.
         batch_size: images at once; the scores do not depend on it.
         device: cpu, cuda, ...; a GPU where there is one by default.
         max_samples: score the first images only.
+        refiner: config of what sharpens the masks (configs/segmenters/*.yaml).
     """
     from mmseg_llm.data.base import Subset
     from mmseg_llm.evaluation import evaluate as run
     from mmseg_llm.evaluation import format_report
     from mmseg_llm.inference.perceiver import Perceiver
+    from mmseg_llm.inference.refining import read_refiner
     from mmseg_llm.training.config import read_data
 
+    sharpen = None if refiner is None else read_refiner(refiner)
     model = Perceiver.from_pretrained(checkpoint, device=device).model
     dataset = read_data(data).dataset(split)
     if max_samples is not None:
         dataset = Subset(dataset, max_samples)
-    report = run(model, dataset, output, protocol=protocol, head=head, batch_size=batch_size, metric=metric)
+    report = run(
+        *(model, dataset, output),
+        protocol=protocol,
+        head=head,
+        batch_size=batch_size,
+        metric=metric,
+        refiner=sharpen,
+    )
     if report:
         print(format_report(report))
         print(f"{'written':>16}: {output}")
@@ -76,8 +87,10 @@ def predict(
     query: list[str],
     output: Path,
     head: str | None = None,
+    protocol: str | None = None,
     batch_size: int = 8,
     device: str | None = None,
+    refiner: Path | None = None,
 ) -> None:
     """Answer queries about an image or a folder of images: overlays, mask PNGs and one COCO JSON.
 
@@ -87,11 +100,14 @@ def predict(
         query: expression, such as "the red cube"; repeat --query for more.
         output: folder to write.
         head: name of the head; the first one by default.
+        protocol: how the head answers; its first way by default.
         batch_size: images at once.
         device: cpu, cuda, ...; a GPU where there is one by default.
+        refiner: config of what sharpens the masks (configs/segmenters/*.yaml).
     """
     from mmseg_llm.inference.outputs import write_predictions
     from mmseg_llm.inference.perceiver import Perceiver
+    from mmseg_llm.inference.refining import read_refiner
 
     for text in query:
         if not text.strip(" ."):
@@ -99,8 +115,10 @@ def predict(
     files = sorted(p for p in image.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if image.is_dir() else [image]
     if not files:
         raise ValueError(f"folder {image} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    perceiver = Perceiver.from_pretrained(checkpoint, device=device)
-    answers = perceiver.predict_many(((path, query) for path in files), head=head, batch_size=batch_size)
+    sharpen = None if refiner is None else read_refiner(refiner)
+    perceiver = Perceiver.from_pretrained(checkpoint, device=device, refiner=sharpen)
+    requests = ((path, query) for path in files)
+    answers = perceiver.predict_many(requests, head=head, protocol=protocol, batch_size=batch_size)
     for path, predictions in zip(files, write_predictions(answers, files, output), strict=True):
         for item in predictions:
             found = f"{item.mask.area if item.mask else 0} px" if item.exists else "no target"

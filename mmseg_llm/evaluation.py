@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmseg_llm.segmenters import refine_predictions
 from mmseg_llm.structures import Prediction
 
 if TYPE_CHECKING:
     from mmseg_llm.data.base import SampleDataset
     from mmseg_llm.model import PerceptionModel
+    from mmseg_llm.segmenters import Refiner
     from mmseg_llm.structures import Query
 
 
@@ -33,6 +35,7 @@ class Protocol:
         dataset: name of the dataset and split.
         head: name of the head.
         dtype: of the weights.
+        refiner: what sharpened the masks; empty without.
     """
 
     predict: str
@@ -41,10 +44,17 @@ class Protocol:
     dataset: str
     head: str
     dtype: str
+    refiner: str = ""
 
 
 def predict_dataset(
-    model: PerceptionModel, dataset: SampleDataset, *, protocol: str, head: str | None, batch_size: int
+    model: PerceptionModel,
+    dataset: SampleDataset,
+    *,
+    protocol: str,
+    head: str | None,
+    batch_size: int,
+    refiner: Refiner | None = None,
 ) -> Iterator[tuple[Prediction, Query]]:
     """Predictions of this process' share of a dataset, every sample once over all processes."""
     from rich.progress import track
@@ -54,7 +64,8 @@ def predict_dataset(
     starts = range(0, len(indices), batch_size)
     for start in track(starts, description="predicting", disable=rank != 0, transient=True):
         samples = [dataset[index] for index in indices[start : start + batch_size]]
-        predictions = iter(model.predict(samples, head, protocol))
+        found = model.predict(samples, head, protocol)
+        predictions = iter(found if refiner is None else refine_predictions(refiner, found))
         for sample in samples:
             for query in sample.queries:
                 yield next(predictions), query
@@ -69,6 +80,7 @@ def evaluate(
     head: str | None = None,
     batch_size: int = 16,
     metric: str | None = None,
+    refiner: Refiner | None = None,
 ) -> dict[str, Any]:
     """Predict, write `output` (JSON) and return the report without the predictions.
 
@@ -79,6 +91,7 @@ def evaluate(
         protocol: see `Head.protocols`.
         head: name; the first one when None.
         batch_size: images at once; does not change the result.
+        refiner: sharpens the masks.
         metric: protocol of the metric; that of the head and protocol when None.
 
     Raises:
@@ -91,7 +104,9 @@ def evaluate(
     metric = metric or chosen.metric(protocol, any(count == 0 for _, count in dataset.query_counts()))
     started = time.monotonic()
     records = []
-    for prediction, query in predict_dataset(model, dataset, protocol=protocol, head=head, batch_size=batch_size):
+    for prediction, query in predict_dataset(
+        model, dataset, protocol=protocol, head=head, batch_size=batch_size, refiner=refiner
+    ):
         records.append(_record(prediction, query))
     described = Protocol(
         predict=protocol,
@@ -100,6 +115,7 @@ def evaluate(
         dataset=dataset.name,
         head=chosen.name,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        refiner="" if refiner is None else repr(refiner),
     )
     gathered = _gather(records, output)
     if gathered is None:

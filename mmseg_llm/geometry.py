@@ -103,6 +103,13 @@ def mask_to_canvas(mask: Mask, canvas: Canvas) -> np.ndarray:
     return seen & inside_y[:, None] & inside_x[None, :]
 
 
+def covers(canvas: Canvas) -> bool:
+    """Whether a canvas shows the whole original image and nothing else."""
+    height, width = canvas.original_size
+    shown = (canvas.scale[0] * width, canvas.scale[1] * height)
+    return canvas.offset == (0.0, 0.0) and np.allclose(shown, (canvas.size[1], canvas.size[0]))
+
+
 def canvas_to_original(values: torch.Tensor, canvas: Canvas) -> torch.Tensor:
     """Bring canvas maps back to the original image: bilinear, pixel centres aligned, outside of the canvas the border.
 
@@ -118,10 +125,7 @@ def canvas_to_original(values: torch.Tensor, canvas: Canvas) -> torch.Tensor:
 
     height, width = canvas.original_size
     ratio_y, ratio_x = values.shape[-2] / canvas.size[0], values.shape[-1] / canvas.size[1]
-    covers = canvas.offset == (0.0, 0.0) and np.allclose(
-        (canvas.scale[0] * width, canvas.scale[1] * height), (canvas.size[1], canvas.size[0])
-    )
-    if covers:  # a stretched canvas: plain resizing is the exact inverse
+    if covers(canvas):  # a stretched canvas: plain resizing is the exact inverse
         resized = functional.interpolate(values[:, None], (height, width), mode="bilinear", align_corners=False)
         return resized[:, 0]  # (Q, H, W)
     corners = canvas.to_canvas(np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1))

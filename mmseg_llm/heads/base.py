@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import nn
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from mmseg_llm.backbones.base import Backbone
     from mmseg_llm.backbones.codec import Codec
@@ -57,6 +59,16 @@ class Head(nn.Module):
         Returns:
             One prediction per query, sample by sample, in order.
         """
+
+    def converse(self, backbone: Backbone, image: str | Path | Image.Image) -> Any:
+        """Start a conversation about an image.
+
+        Raises:
+            ValueError: if this head answers single queries only.
+        """
+        raise ValueError(
+            f"head '{self.name}' answers single queries only; use predict, or a model with an all_mask head"
+        )
 
     def metric(self, protocol: str, has_no_target: bool) -> str:
         """The metric protocol that belongs to a way of predicting, on data with or without no-target queries."""

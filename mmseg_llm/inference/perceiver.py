@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmseg_llm.geometry import load_image
+from mmseg_llm.segmenters import refine_predictions
 from mmseg_llm.structures import Prediction, Query, Sample
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mmseg_llm.heads.all_mask.conversation import Conversation
     from mmseg_llm.model import PerceptionModel
+    from mmseg_llm.segmenters import Refiner
 
 
 class Perceiver:
@@ -20,19 +23,23 @@ class Perceiver:
 
     Args:
         model: backbone and heads.
+        refiner: sharpens the masks of any head, such as `segmenters.SamRefiner`.
     """
 
-    def __init__(self, model: PerceptionModel) -> None:
-        self.model = model.eval()
+    def __init__(self, model: PerceptionModel, refiner: Refiner | None = None) -> None:
+        self.model, self.refiner = model.eval(), refiner
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str | None = None, dtype: str | None = None) -> Perceiver:
+    def from_pretrained(
+        cls, source: str | Path, device: str | None = None, dtype: str | None = None, refiner: Refiner | None = None
+    ) -> Perceiver:
         """Load a run folder.
 
         Args:
             source: folder written by training.
             device: `cpu`, `cuda`, ...; a GPU where there is one when None.
             dtype: `float32`, `bfloat16` or `float16`; as saved when None.
+            refiner: sharpens the masks.
 
         Raises:
             ValueError: if the folder is no run, or its weights do not fit.
@@ -43,10 +50,15 @@ class Perceiver:
 
         model = load_model(source)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device=device, dtype=getattr(torch, dtype) if dtype else None))
+        return cls(model.to(device=device, dtype=getattr(torch, dtype) if dtype else None), refiner)
 
     def predict(
-        self, image: str | Path | Image.Image, queries: Sequence[str] | str, *, head: str | None = None
+        self,
+        image: str | Path | Image.Image,
+        queries: Sequence[str] | str,
+        *,
+        head: str | None = None,
+        protocol: str | None = None,
     ) -> list[Prediction]:
         """Answer queries about one image; N queries give N predictions in order.
 
@@ -54,18 +66,28 @@ class Perceiver:
             image: path or PIL image.
             queries: expressions such as `"the red cube"`.
             head: name of the head; the first one when None.
+            protocol: way of predicting, see the head's `protocols`; its first one when None.
 
         Raises:
             ValueError: for an image that cannot be read or an empty query.
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
-        return next(iter(self.predict_many([(image, texts)], head=head)))
+        return next(iter(self.predict_many([(image, texts)], head=head, protocol=protocol)))
+
+    def converse(self, image: str | Path | Image.Image, *, head: str | None = None) -> Conversation:
+        """A conversation about one image, with heads that hold one: `.ask(text)` gives words and masks.
+
+        Raises:
+            ValueError: if the head answers single queries only.
+        """
+        return self.model.head(head).converse(self.model.backbone, image)
 
     def predict_many(
         self,
         requests: Iterable[tuple[str | Path | Image.Image, Sequence[str]]],
         *,
         head: str | None = None,
+        protocol: str | None = None,
         batch_size: int = 8,
     ) -> Iterator[list[Prediction]]:
         """Stream over many images, `batch_size` of them at once; one list of predictions per request, in order."""
@@ -73,13 +95,16 @@ class Perceiver:
         for number, (image, texts) in enumerate(requests):
             batch.append(_sample(image, texts, number))
             if len(batch) == batch_size:
-                yield from self._answer(batch, head)
+                yield from self._answer(batch, head, protocol)
                 batch = []
         if batch:
-            yield from self._answer(batch, head)
+            yield from self._answer(batch, head, protocol)
 
-    def _answer(self, samples: Sequence[Sample], head: str | None) -> Iterator[list[Prediction]]:
-        predictions = iter(self.model.predict(samples, head))
+    def _answer(self, samples: Sequence[Sample], head: str | None, protocol: str | None) -> Iterator[list[Prediction]]:
+        found = self.model.predict(samples, head, protocol or self.model.head(head).protocols[0])
+        if self.refiner is not None:
+            found = refine_predictions(self.refiner, found)
+        predictions = iter(found)
         for sample in samples:
             yield [next(predictions) for _ in sample.queries]
 

@@ -58,6 +58,12 @@ class Refiner(ABC):
                 masks[row] = mask
         return masks
 
+    def __repr__(self) -> str:
+        """Name and settings: part of the protocol of a score."""
+        settings = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str)}
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items() if not name.startswith("_"))
+        return f"{type(self).__name__}({shown})"
+
     @abstractmethod
     def _refine(self, image: Image.Image, coarse_logits: torch.Tensor) -> list[Mask]:
         """`refine` for an RGB image and at least one row, each with foreground."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -20,7 +20,7 @@ from mmseg_llm.training.data import Parcel
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with linear warm-up and cosine decay.
+    """AdamW with linear warm-up and cosine or linear decay.
 
     Attributes:
         lr: peak learning rate.
@@ -30,6 +30,7 @@ class Optimization:
         betas, eps: of AdamW.
         warmup: share of all steps.
         final: learning rate at the end as a share of the peak.
+        schedule: shape of the decay.
     """
 
     lr: float = 4e-5
@@ -40,6 +41,7 @@ class Optimization:
     eps: float = 1e-8
     warmup: float = 0.03
     final: float = 0.0
+    schedule: Literal["cosine", "linear"] = "cosine"
 
 
 DEFAULT_OPTIMIZATION = Optimization()
@@ -152,7 +154,8 @@ class PerceptionModule(LightningModule):
             if step < warmup:
                 return (step + 1) / warmup
             progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-            return settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * progress))
+            left = 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+            return settings.final + (1 - settings.final) * left
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
-from mmseg_llm.geometry import frame
+from mmseg_llm.geometry import covers, frame
 from mmseg_llm.heads.all_mask import dialogue
 from mmseg_llm.heads.all_mask.grid import upsample
 from mmseg_llm.heads.all_mask.passes import Trigger
@@ -21,6 +22,8 @@ from mmseg_llm.masks import Mask
 from mmseg_llm.structures import Canvas, Prediction, Sample
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mmseg_llm.backbones.base import Backbone
     from mmseg_llm.backbones.prefix import Prefix
     from mmseg_llm.heads.all_mask.head import AllMaskHead
@@ -68,7 +71,8 @@ def answer_samples(head: AllMaskHead, backbone: Backbone, samples: Sequence[Samp
         logits = iter(head.cell_logits(backbone, prefix, [t for item in said for t in item.triggers], dense))
         for item in said:
             masks = [next(logits) for _ in item.triggers]
-            for query_id, prediction in finish(head, asked[item.row], canvases[item.row], item, masks, upsampling):
+            sample = asked[item.row]
+            for query_id, prediction in finish(head, sample, canvases[item.row], item, masks, upsampling, sample.image):
                 found[item.row, query_id] = prediction
         prefix.rollback(mark)
     return [found[row, i] for row, sample in enumerate(asked) for i in range(len(sample.queries))]
@@ -129,17 +133,15 @@ def _generate(
     codec = backbone.codec
     prompts: list[list[tuple[int, ...]]] = []
     for sample, parts in zip(samples, groups, strict=True):
-        row: list[tuple[int, ...]] = []
+        asked: list[tuple[int, ...]] = []
         for part in parts:
             queries = [sample.queries[i] for i in part]
+            if is_chat:
+                asked.append(dialogue.opening(queries[0], codec))
+                continue
             rng = dialogue.template_draw(head, sample, queries[0]) if protocol == "official" else None
-            text = (
-                dialogue.opening(queries[0], codec)
-                if is_chat
-                else codec.question(dialogue.question_of(head, queries, rng))
-            )
-            row.append(text)
-        prompts.append(row)
+            asked.append(codec.question(dialogue.question_of(head, queries, rng)))
+        prompts.append(asked)
     ends = (head.no_id,) if is_chat or head.max_masks > 1 else (head.seg_id, head.no_id)
     generated = backbone.generate(prefix, prompts, max_new_tokens=head.max_new_tokens, stop=ends, keep=True)
     said = []
@@ -180,6 +182,7 @@ def finish(
     said: Said,
     masks: Sequence[torch.Tensor],
     upsampling: Literal["bilinear", "nearest"],
+    image: str | Path | Image.Image,
 ) -> list[tuple[int, Prediction]]:
     """Cells to pixels: one prediction for each query of an answer.
 
@@ -190,6 +193,7 @@ def finish(
         said: the answer.
         masks: logits of the cells `(C, h, w)` of its triggers.
         upsampling: of cells to pixels.
+        image: to show the predictions on.
     """
     if masks:
         # a query with several masks is answered by their union
@@ -213,8 +217,8 @@ def finish(
             box=mask.box,
             score=said.confidence * float(certainty[i]) if is_there else said.confidence,
             exists=is_there,
-            mask_logits=soft[i] if masks else None,
-            image=sample.image,
+            mask_logits=soft[i] if masks and covers(canvas) else None,
+            image=image,
         )
         out.append((query_id, prediction))
     return out

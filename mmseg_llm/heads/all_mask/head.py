@@ -7,6 +7,7 @@ Legend: B images, Q queries, K masks, M mask tokens, T image tokens, D width, C 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from mmseg_llm.backbones.features import gather
 from mmseg_llm.geometry import frame, stretch
 from mmseg_llm.heads.all_mask import dialogue
 from mmseg_llm.heads.all_mask.answering import answer_samples
+from mmseg_llm.heads.all_mask.conversation import Conversation
 from mmseg_llm.heads.all_mask.grid import MaskGrid
 from mmseg_llm.heads.all_mask.labels import LabelRule, cell_labels, check_rule
 from mmseg_llm.heads.all_mask.losses import binary_loss, class_loss
@@ -28,6 +30,8 @@ from mmseg_llm.heads.base import Head
 from mmseg_llm.structures import Batch, Canvas, DenseBlock, Example, Prediction, Sample
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mmseg_llm.backbones.base import Backbone, VisionFeatures
     from mmseg_llm.backbones.prefix import Prefix
     from mmseg_llm.masks import Size
@@ -198,11 +202,11 @@ class AllMaskHead(Head):
             at = torch.tensor([row for row, _, _ in found], device=values.device)[:, None]
             cells = self.grid.arrange(values[at, index], grid, self.num_classes).flatten(2)  # (K, C, h w)
             labels = np.stack([self._stack(targets) for _, _, targets in found])  # (K, C, h w)
-            targets = torch.as_tensor(labels, device=values.device)
+            truth = torch.as_tensor(labels, device=values.device)
             if self.num_classes == 1:
-                parts = binary_loss(cells[:, 0], targets[:, 0])
+                parts = binary_loss(cells[:, 0], truth[:, 0])
             else:
-                parts = class_loss(cells.transpose(1, 2), targets.transpose(1, 2))
+                parts = class_loss(cells.transpose(1, 2), truth.transpose(1, 2))
             terms = {name: terms.get(name, 0) + value.sum() / len(blocks) for name, value in parts.items()}
         return terms
 
@@ -259,6 +263,10 @@ class AllMaskHead(Head):
         """
         self.check_protocol(protocol)
         return answer_samples(self, backbone, samples, protocol)
+
+    def converse(self, backbone: Backbone, image: str | Path | Image.Image) -> Conversation:
+        """Start a conversation about an image: several turns and masks, one pass of the vision tower."""
+        return Conversation(self, backbone, image)
 
     def metric(self, protocol: str, has_no_target: bool) -> str:
         """The reference's rules under its own protocol."""

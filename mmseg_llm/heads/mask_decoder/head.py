@@ -20,7 +20,7 @@ from PIL import Image
 from mmseg_llm.backbones.codec import IGNORE_INDEX, Codec
 from mmseg_llm.backbones.collate import collate
 from mmseg_llm.backbones.features import VisionFeatures, gather
-from mmseg_llm.geometry import canvas_to_original, frame, mask_to_canvas, stretch
+from mmseg_llm.geometry import canvas_to_original, covers, frame, mask_to_canvas, stretch
 from mmseg_llm.heads.base import Head
 from mmseg_llm.heads.mask_decoder.decoder import MaskDecoder
 from mmseg_llm.heads.mask_decoder.losses import clean_mask_loss, official_mask_loss
@@ -323,17 +323,21 @@ class MaskDecoderHead(Head):
         self, sample: Sample, canvas: Canvas, logits: torch.Tensor | None, answers: Sequence[_Answer]
     ) -> list[Prediction]:
         """Bring the masks of one image to its original size and pair them with the answers."""
-        masks: list[tuple[Mask, float]] = []
+        masks: list[tuple[Mask, float, np.ndarray | None]] = []
         if logits is not None:
             chances = canvas_to_original(logits.float().sigmoid(), canvas)  # (Q, H, W)
             is_on = chances >= MASK_THRESHOLD
             means = (chances * is_on).sum((1, 2)) / is_on.sum((1, 2)).clamp(min=1)
             arrays = is_on.to(torch.uint8).cpu().numpy()
-            masks = [(Mask.from_array(array), mean) for array, mean in zip(arrays, means.tolist(), strict=True)]
+            soft = logits.float().cpu().numpy() if covers(canvas) else [None] * len(logits)
+            masks = [
+                (Mask.from_array(array), mean, coarse)
+                for array, mean, coarse in zip(arrays, means.tolist(), soft, strict=True)
+            ]
         drawn = iter(masks)
         predictions = []
         for i, (query, answer) in enumerate(zip(sample.queries, answers, strict=True)):
-            mask, certainty = (Mask.empty(sample.size), 0.0) if answer.state is None else next(drawn)
+            mask, certainty, coarse = (Mask.empty(sample.size), 0.0, None) if answer.state is None else next(drawn)
             predictions.append(
                 Prediction(
                     query=query.text,
@@ -345,6 +349,7 @@ class MaskDecoderHead(Head):
                     box=mask.box,
                     score=answer.confidence * (certainty if answer.is_seg else 1.0),
                     exists=answer.is_seg,
+                    mask_logits=coarse,
                     image=sample.image,
                 )
             )
