@@ -82,8 +82,9 @@ class Backbone(nn.Module):
             (self.vision_tower, VISION_ATTENTION.get(attention, attention)),
         ):
             for module in part.modules():  # stock modules look it up at every call
-                if hasattr(module, "config"):
-                    module.config._attn_implementation = implementation
+                config: Any = getattr(module, "config", None)
+                if config is not None:
+                    config._attn_implementation = implementation
         kinds = set(getattr(self.language_model.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise ValueError(
@@ -166,13 +167,14 @@ class Backbone(nn.Module):
         return added
 
     def _grow(self, rows: int, needed: int) -> None:
-        is_tied = self.lm_head.weight is self.model.get_input_embeddings().weight
-        head = self.lm_head.weight
-        mean = None if head.is_meta or is_tied else head.detach().float().mean(0)
+        weight: Any = self.lm_head.weight
+        is_tied = weight is self.model.get_input_embeddings().weight
+        mean = None if weight.is_meta or is_tied else weight.detach().float().mean(0)
         self.model.resize_token_embeddings(needed, mean_resizing=False)
         if mean is not None:
+            grown: Any = self.lm_head.weight
             with torch.no_grad():
-                self.lm_head.weight[rows:] = mean.to(head.dtype)
+                grown[rows:] = mean.to(grown.dtype)
 
     def save_config(self, folder: Path) -> None:
         """Write what `source=folder, weights='random'` needs to build the same architecture again (no weights)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # The constant system message of InternVL2.5 and later, and that of InternVL2 (both are part of the released models).
 INTERNVL2_5_SYSTEM = (
@@ -91,7 +91,11 @@ class ChatTemplate:
         return "" if self.style == "vicuna" else "\n"
 
 
-QWEN_IMAGE = {"image_start": "<|vision_start|>", "image_context": "<|image_pad|>", "image_end": "<|vision_end|>"}
+QWEN_IMAGE: dict[str, Any] = {
+    "image_start": "<|vision_start|>",
+    "image_context": "<|image_pad|>",
+    "image_end": "<|vision_end|>",
+}
 
 TEMPLATES = {
     "internvl2_5": ChatTemplate(),

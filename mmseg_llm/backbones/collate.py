@@ -54,7 +54,7 @@ def _pack(example: Example, codec: Codec) -> _Row:
         row.block[start:stop] = index
         row.slots += [start + slot for slot in suffix.slots]
         row.queries += suffix.query_ids
-        starts = [-1] * len(suffix.slots)
+        starts: dict[int, int] = {}  # of the block behind each place; slots at one place share a block
         for slot in suffix.dense_slots:
             assert suffix.dense is not None
             place = suffix.slots[slot]
@@ -65,10 +65,10 @@ def _pack(example: Example, codec: Codec) -> _Row:
             row.positions[:, stop:end] = following + place + 1 + suffix.dense.offsets
             row.block[stop:end] = len(example.suffixes) + len(row.parents)
             row.dense_positions.append(np.arange(stop, end))
-            starts[slot] = num_dense
+            starts[place] = num_dense
             num_dense += suffix.dense.length
             stop = end
-        row.dense_starts += starts
+        row.dense_starts += [starts.get(place, -1) for place in suffix.slots]
         start = stop
     return row
 

@@ -49,7 +49,7 @@ class CoordinateCodec:
         """
         points = np.asarray(points, np.float64) + 0.5
         extent = np.array([size[1], size[0]], np.float64)
-        if ((points < 0) | (points > extent)).any():
+        if not ((points >= 0) & (points <= extent)).all():  # nan, too, lies nowhere
             raise ValueError(f"a point lies outside of the canvas of size {size} (height, width); map it there first")
         cells = self._cells(size)
         return np.minimum(np.floor(points / extent * cells), cells - 1).astype(np.int64)

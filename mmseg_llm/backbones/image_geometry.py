@@ -77,7 +77,7 @@ class ImageGeometry:
                 "wide, which no token grid fits; crop it into pieces"
             )
         step = self.step
-        rows, columns = (max(step, round(side / step) * step) for side in (height, width))
+        rows, columns = (round(side / step) * step for side in (height, width))
         if rows * columns > self.max_pixels:
             ratio = math.sqrt(height * width / self.max_pixels)
             rows, columns = (max(step, math.floor(side / ratio / step) * step) for side in (height, width))

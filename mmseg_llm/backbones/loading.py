@@ -67,7 +67,7 @@ def check_type(source: str, settings: Mapping[str, Any], known: Sequence[str]) -
     return str(kind)
 
 
-def statistics(folder: Path | None) -> dict[str, tuple[float, float, float]]:
+def statistics(folder: Path | None) -> dict[str, Any]:
     """`mean` and `std` of the image processor stored in a folder, where there is one."""
     stored = {} if folder is None else read_settings(folder, "preprocessor_config.json")
     if "image_mean" in stored and "image_std" in stored:

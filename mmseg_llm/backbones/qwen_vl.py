@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -249,7 +250,9 @@ class _Builder:
         else:
             model, _ = load_stock(model_class, folder, self.dtype)
         if (folder / CODEC_FILE).is_file():
-            return model, Codec.load(folder)
+            codec = Codec.load(folder)
+            codec.geometry = self._bound(codec.geometry)
+            return model, codec
         return model, self._codec(family, config, load_tokenizer(folder), folder)
 
     def _build(self, model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
@@ -284,21 +287,28 @@ class _Builder:
     ) -> Codec:
         template, coordinates, means = FAMILIES[family]
         patch, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
-        low, high = self.pixels
         if default_pixels is None:
             default_pixels = _stored_pixels(folder, (patch * merge) ** 2)
-        low, high = low or default_pixels[0], high or default_pixels[1]
-        side = int(high**0.5) // (patch * merge) * patch * merge
-        geometry = ImageGeometry(
-            (side, side), patch, merge, **{**means, **statistics(folder)}, min_pixels=low, max_pixels=high
-        )
+        low, high = default_pixels
+        side = patch * merge
+        means = {**means, **statistics(folder)}
+        geometry = self._bound(ImageGeometry((side, side), patch, merge, **means, min_pixels=low, max_pixels=high))
         context = config.text_config.max_position_embeddings
         return Codec(tokenizer, geometry, TEMPLATES[self.template or template], coordinates, 3, context)
+
+    def _bound(self, geometry: ImageGeometry) -> ImageGeometry:
+        """The geometry with the pixel bounds that were asked for, and the square canvas that goes with them."""
+        stored = (geometry.min_pixels, geometry.max_pixels)
+        low, high = (own if given is None else given for own, given in zip(stored, self.pixels))
+        side = int((high or 0) ** 0.5) // geometry.step * geometry.step
+        return replace(geometry, image_size=(side, side), min_pixels=low, max_pixels=high)
 
 
 def _stored_pixels(folder: Path | None, area: int) -> tuple[int, int]:
     """Pixel bounds of the image processor in a folder; STAMP's training bounds, 1024 to 1280 tokens, where there is none."""
     stored = {} if folder is None else read_settings(folder, "preprocessor_config.json")
+    if folder is not None and not stored:  # where whole processors are saved by transformers 5
+        stored = read_settings(folder, "processor_config.json").get("image_processor") or {}
     size = stored.get("size") or {}
     low = stored.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge") or 1024 * area
     high = stored.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge") or 1280 * area

@@ -164,6 +164,7 @@ class Visibility:
         count = length if num_queries is None else num_queries
         first = length - count
         block, reach, both_ways = self.block, self.reach, self.bidirectional
+        is_alone = (block >= 0).cumsum(1) == 0  # padding before every real token; sees itself, so that no row is empty
 
         def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
             query = q + first
@@ -171,8 +172,7 @@ class Visibility:
             i, j = q_block.clamp(min=0), k_block.clamp(min=0)
             is_before = k <= query
             seen = torch.where(i == j, is_before | both_ways[b, i], k < reach[b, i, j])
-            # padding sees itself too, so that no row is empty
-            return (torch.where(q_block >= 0, seen, is_before) & (k_block >= 0)) | ((q_block < 0) & (k == query))
+            return (torch.where(q_block >= 0, seen, is_before) & (k_block >= 0)) | (is_alone[b, query] & (k == query))
 
         return create_block_mask(visible, B=batch, H=None, Q_LEN=count, KV_LEN=length, device=str(block.device))
 

@@ -76,6 +76,10 @@ class SamRefiner(Refiner):
         self.batch_size = batch_size
         self._embedded: tuple[bytes, Any] | None = None  # digest and embedding of the last image
 
+    def __repr__(self) -> str:
+        """The engine belongs to the protocol of a score, too."""
+        return f"{super().__repr__()} on {self.engine!r}"
+
     @torch.inference_mode()
     def _refine(self, image: Image.Image, coarse_logits: torch.Tensor) -> list[Mask]:
         size = (image.height, image.width)

@@ -34,6 +34,10 @@ class SamEngine(ABC):
     def __init__(self, device: str | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
+    def __repr__(self) -> str:
+        """Class and model."""
+        return f"{type(self).__name__}({getattr(self, 'model', '')!r})"
+
     def prepare(self) -> None:
         """Load the weights unless they are there.
 

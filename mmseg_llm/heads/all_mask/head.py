@@ -45,7 +45,7 @@ class AllMaskHead(Head):
     Args:
         prompts: question and answer templates.
         num_classes: C; 1 asks one expression per turn. With more, up to C - 1 expressions are asked in one turn and every cell
-            chooses between them and the background (STAMPlus, arXiv 2608.02791).
+            chooses between them and the background (STAMPlus, arXiv 2608.02791); their targets should not overlap.
         grid: how fine masks are predicted.
         label_rule: how cells are labelled, see `labels.cell_labels`.
         label_mode: `answer` supervises answers only; `official_all_tokens` everything, as the reference does.

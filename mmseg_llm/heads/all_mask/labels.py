@@ -66,6 +66,6 @@ def _weights(edges: np.ndarray, length: int, rule: LabelRule) -> np.ndarray:
         return overlap.clip(0) / (stop - start)
     centres = (start + stop) / 2
     if rule == "centre":
-        return (np.floor(centres) == pixels).astype(np.float64)
+        return (np.floor(centres + 1e-9) == pixels).astype(np.float64)  # a centre on an edge belongs to the right of it
     at = (centres - 0.5).clip(0, length - 1)  # bilinear, borders repeated
     return (1 - np.abs(at - pixels)).clip(0)
