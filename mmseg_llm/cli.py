@@ -1,4 +1,4 @@
-"""Command line: `mmseg-llm train|evaluate|predict|data|bench|doctor`. The signatures below are the schema and the help.
+"""Command line: `mmseg-llm train|evaluate|score|predict|data|convert|bench|doctor`. The signatures below are the schema and the help.
 
 Heavy libraries are imported inside the verbs, so that `--help` is instant.
 """
@@ -176,8 +176,10 @@ def bench(
     level: str = "flat-96",
     output: Path | None = None,
     threads: int = 0,
+    backbone: str = "internvl-tiny",
+    head: Literal["mask_decoder", "all_mask"] = "mask_decoder",
 ) -> None:
-    """Time the parts and compare shared-prefix inference with one expression at a time.
+    """Time the parts and compare shared-prefix inference with one expression at a time and the reference's flow.
 
     Args:
         checkpoint: run folder; an untrained tiny model by default.
@@ -186,10 +188,49 @@ def bench(
         level: of the synthetic scenes.
         output: JSON file to write.
         threads: CPU threads; 0 takes all cores.
+        backbone: tiny size of the untrained model.
+        head: of the untrained model.
     """
     from mmseg_llm.bench import run_bench
 
-    run_bench(checkpoint, images, queries, level, output, threads)
+    run_bench(checkpoint, images, queries, level, output, threads, backbone, head)
+
+
+def convert_stamp(
+    *,
+    source: str,
+    output: Path,
+    base: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    mask_attention: Literal["bidirectional", "causal"] = "bidirectional",
+    upsampling: Literal["bilinear", "nearest"] = "bilinear",
+) -> None:
+    """Write a released STAMP checkpoint (full model or LoRA adapter) as a run folder that every tool reads.
+
+    Args:
+        source: folder or hub id, such as JiaZL/STAMP-2B-uni.
+        output: folder to write.
+        base: base model of an adapter; the one its config names by default.
+        dtype: storage type.
+        min_pixels: lower bound on the area of a canvas; that of the training by default.
+        max_pixels: upper bound.
+        mask_attention: whether mask tokens see each other in both directions.
+        upsampling: of mask cells to pixels; the reference takes nearest.
+    """
+    from mmseg_llm.zoo.stamp import convert_stamp as run
+
+    folder = run(
+        *(source, output),
+        base=base,
+        dtype=dtype,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        mask_attention=mask_attention,
+        upsampling=upsampling,
+    )
+    print(f"written: {folder}")
 
 
 def doctor() -> None:
@@ -206,11 +247,16 @@ def train(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
+GROUPS = {
+    "data": "Make and inspect datasets: synthetic, describe.",
+    "convert": "Read released checkpoints of the reference codes: stamp.",
+}
 VERBS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "evaluate": evaluate,
     "score": score,
     "predict": predict,
     "data": {"synthetic": data_synthetic, "describe": data_describe},
+    "convert": {"stamp": convert_stamp},
     "bench": bench,
     "doctor": doctor,
 }
@@ -235,7 +281,7 @@ def usage() -> str:
     """The verbs with their first lines."""
     lines = ["usage: mmseg-llm VERB ...   (mmseg-llm VERB --help for its options)", ""]
     for name, entry in [("train", train), *VERBS.items()]:
-        summary = "Make and inspect datasets: synthetic, describe." if isinstance(entry, dict) else entry.__doc__ or ""
+        summary = GROUPS[name] if isinstance(entry, dict) else entry.__doc__ or ""
         lines.append(f"  {name:<10} {summary.splitlines()[0]}")
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from mmseg_llm import bench
+from mmseg_llm import bench_flows as bench
 from mmseg_llm.data.base import SampleDataset, Subset
 from mmseg_llm.data.synthetic import make_scene
 from mmseg_llm.evaluation import evaluate, format_report, score_file, score_records

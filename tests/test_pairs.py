@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-
 from backbones.tiny import scenes
+
 from mmseg_llm.backbones.collate import collate
+from mmseg_llm.inference.perceiver import Perceiver
 from mmseg_llm.structures import Sample
 from mmseg_llm.training.checkpoint import CONFIG, build_model, load_model, save_weights
 
@@ -120,3 +121,14 @@ def test_batch_does_not_matter(trained):
         for p, q, r in zip(together, alone, single, strict=True):
             assert p.text == q.text == r.text and p.exists == q.exists == r.exists
             assert p.mask.iou(q.mask) > 0.999 and p.mask.iou(r.mask) > 0.999
+
+
+def test_half_precision_leaves_rotary_frequencies_alone(trained):
+    """In bfloat16 they are off by a radian after a thousand positions."""
+    _, _, folder = trained
+    model = Perceiver.from_pretrained(folder, device="cpu", dtype="bfloat16").model
+    kinds = {name: buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name}
+    assert kinds and set(kinds.values()) == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    sample = scenes(0)[0]
+    assert len(model.predict([sample])) == len(sample.queries)

@@ -23,6 +23,7 @@ from mmseg_llm.backbones.features import VisionFeatures
 from mmseg_llm.backbones.image_geometry import ImageGeometry
 from mmseg_llm.backbones.internvl_layout import convert_config, convert_state_dict
 from mmseg_llm.backbones.loading import (
+    cast,
     check_type,
     load_stock,
     local_folder,
@@ -129,7 +130,9 @@ class _Builder:
     def _build(self, config: InternVLConfig) -> InternVLForConditionalGeneration:
         from transformers import InternVLForConditionalGeneration
 
-        return InternVLForConditionalGeneration(copy.deepcopy(config)).to(self.dtype)
+        model = InternVLForConditionalGeneration(copy.deepcopy(config))
+        cast(model, self.dtype)
+        return model
 
     def _from_size(self, size: str) -> tuple[InternVLForConditionalGeneration, Codec]:
         from transformers import InternVLConfig

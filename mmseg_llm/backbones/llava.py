@@ -24,7 +24,7 @@ from mmseg_llm.backbones.codec import CODEC_FILE, Codec, load_tokenizer, tiny_to
 from mmseg_llm.backbones.coordinates import CoordinateCodec
 from mmseg_llm.backbones.features import VisionFeatures
 from mmseg_llm.backbones.image_geometry import CLIP_STATISTICS, HALF_STATISTICS, ImageGeometry
-from mmseg_llm.backbones.loading import check_type, load_stock, local_folder, read_settings, statistics
+from mmseg_llm.backbones.loading import cast, check_type, load_stock, local_folder, read_settings, statistics
 from mmseg_llm.backbones.sizes import HUB_SOURCES, LLAVA
 from mmseg_llm.backbones.visibility import check_attention
 
@@ -261,7 +261,9 @@ class _Builder:
     def _build(self, config: LlavaConfig) -> LlavaForConditionalGeneration:
         from transformers import LlavaForConditionalGeneration
 
-        return LlavaForConditionalGeneration(copy.deepcopy(config)).to(self.dtype)
+        model = LlavaForConditionalGeneration(copy.deepcopy(config))
+        cast(model, self.dtype)
+        return model
 
     def _assemble(
         self, config: LlavaConfig, tower: PreTrainedModel, decoder: PreTrainedModel

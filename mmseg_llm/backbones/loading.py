@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from transformers import PreTrainedConfig, PreTrainedModel
 
 CONFIG_FILE = "config.json"
@@ -98,6 +99,21 @@ def read_shards(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
     for path in weight_files(folder):
         is_safe = path.suffix == ".safetensors"
         yield load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+
+
+def cast(module: Module, dtype: torch.dtype) -> Module:
+    """Change the storage type of a module in place, as `module.to(dtype)`, but leave rotary frequencies in float32.
+
+    In half precision they are off by a radian after a thousand positions; stock loading keeps them, too.
+    """
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_floating_point() and "inv_freq" not in name:
+                part._buffers[name] = buffer.to(dtype)
+    return module
 
 
 def misfit(folder: Path, missing: Sequence[str], unexpected: Sequence[str] = ()) -> str:

@@ -24,7 +24,7 @@ from mmseg_llm.backbones.codec import CODEC_FILE, Codec, load_tokenizer, tiny_to
 from mmseg_llm.backbones.coordinates import CoordinateCodec
 from mmseg_llm.backbones.features import VisionFeatures, split_rows
 from mmseg_llm.backbones.image_geometry import CLIP_STATISTICS, HALF_STATISTICS, ImageGeometry
-from mmseg_llm.backbones.loading import check_type, load_stock, local_folder, read_settings, statistics
+from mmseg_llm.backbones.loading import cast, check_type, load_stock, local_folder, read_settings, statistics
 from mmseg_llm.backbones.sizes import HUB_SOURCES, QWEN_VL
 from mmseg_llm.backbones.visibility import check_attention
 
@@ -256,7 +256,9 @@ class _Builder:
         return model, self._codec(family, config, load_tokenizer(folder), folder)
 
     def _build(self, model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
-        return model_class(copy.deepcopy(config)).to(self.dtype)
+        model = model_class(copy.deepcopy(config))
+        cast(model, self.dtype)
+        return model
 
     def _from_size(self, spec: dict[str, Any]) -> tuple[PreTrainedModel, Codec]:
         config_class, model_class = _stock(spec["family"])

@@ -8,15 +8,25 @@ if TYPE_CHECKING:
     from mmseg_llm.data.base import SampleDataset
     from mmseg_llm.data.coco import CocoIndex, CocoInstances
     from mmseg_llm.data.concat import Concat
+    from mmseg_llm.data.dialogue import DialogueDataset
     from mmseg_llm.data.refer import ReferDataset
     from mmseg_llm.data.unpickle import load_plain_pickle
 
-__all__ = ["CocoIndex", "CocoInstances", "Concat", "ReferDataset", "SampleDataset", "load_plain_pickle"]
+__all__ = [
+    "CocoIndex",
+    "CocoInstances",
+    "Concat",
+    "DialogueDataset",
+    "ReferDataset",
+    "SampleDataset",
+    "load_plain_pickle",
+]
 
 _HOMES = {
     "CocoIndex": "coco",
     "CocoInstances": "coco",
     "Concat": "concat",
+    "DialogueDataset": "dialogue",
     "ReferDataset": "refer",
     "SampleDataset": "base",
     "load_plain_pickle": "unpickle",

@@ -46,11 +46,14 @@ class Perceiver:
         """
         import torch
 
+        from mmseg_llm.backbones.loading import cast
         from mmseg_llm.training.checkpoint import load_model
 
         model = load_model(source)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device=device, dtype=getattr(torch, dtype) if dtype else None), refiner)
+        if dtype is not None:
+            cast(model, getattr(torch, dtype))
+        return cls(model.to(device), refiner)
 
     def predict(
         self,

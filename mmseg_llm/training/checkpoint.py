@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from mmseg_llm.backbones.loading import cast
+
 if TYPE_CHECKING:
     from mmseg_llm.model import PerceptionModel
 
@@ -70,7 +72,8 @@ def load_model(folder: str | Path, attention: str | None = None) -> PerceptionMo
             "use the tokenizer saved with this run"
         )
     load_weights(model, folder / WEIGHTS)
-    return model.to(model.backbone.model.dtype).eval()
+    cast(model, model.backbone.model.dtype)
+    return model.eval()
 
 
 def read_model_settings(path: Path) -> dict[str, Any]:

@@ -143,7 +143,8 @@ def _generate(
             asked.append(codec.question(dialogue.question_of(head, queries, rng)))
         prompts.append(asked)
     ends = (head.no_id,) if is_chat or head.max_masks > 1 else (head.seg_id, head.no_id)
-    generated = backbone.generate(prefix, prompts, max_new_tokens=head.max_new_tokens, stop=ends, keep=True)
+    bound = head.max_chat_tokens if is_chat else head.max_new_tokens
+    generated = backbone.generate(prefix, prompts, max_new_tokens=bound, stop=ends, keep=True)
     said = []
     for row, parts in enumerate(groups):
         for branch, part in enumerate(parts):

@@ -79,7 +79,7 @@ class Conversation:
             ids, places = self._stub(prompt, text)
         else:
             generated = self.backbone.generate(
-                self.prefix, [[prompt]], max_new_tokens=self.head.max_new_tokens, keep=True, first=self.branch
+                self.prefix, [[prompt]], max_new_tokens=self.head.max_chat_tokens, keep=True, first=self.branch
             )
             ids, places = generated.ids[0][0], generated.places[0][0]
         is_ended = ids[-1] == codec.end_id

@@ -55,7 +55,8 @@ class AllMaskHead(Head):
         weights: of the `ce`, `bce` and `dice` terms.
         max_queries: expressions drawn per image and step, without replacement; all when None.
         max_masks: masks taken from one answer; their union is the mask of the query.
-        max_new_tokens: bound of an answer.
+        max_new_tokens: bound of an answer to an expression.
+        max_chat_tokens: bound of a free answer.
         seed: of the question templates that the `official` protocol draws.
     """
 
@@ -77,6 +78,7 @@ class AllMaskHead(Head):
         max_queries: int | None = 5,
         max_masks: int = 1,
         max_new_tokens: int = 48,
+        max_chat_tokens: int = 512,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -89,7 +91,8 @@ class AllMaskHead(Head):
         self.label_mode, self.no_target, self.upsampling = label_mode, no_target, upsampling
         self.is_bidirectional = mask_attention == "bidirectional"
         self.weights = {"ce": 1.0, "bce": 0.3, "dice": 0.7} | (weights or {})
-        self.max_queries, self.max_masks, self.max_new_tokens, self.seed = max_queries, max_masks, max_new_tokens, seed
+        self.max_queries, self.max_masks, self.seed = max_queries, max_masks, seed
+        self.max_new_tokens, self.max_chat_tokens = max_new_tokens, max_chat_tokens
         self.classifier: nn.Linear
         self.place: nn.Parameter | None = None
 

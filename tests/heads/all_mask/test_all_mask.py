@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from backbones.tiny import scenes
 from PIL import Image
 
-from backbones.tiny import scenes
 from mmseg_llm.backbones.codec import IGNORE_INDEX
 from mmseg_llm.backbones.collate import collate
 from mmseg_llm.backbones.features import gather
@@ -56,8 +56,7 @@ def batch_of(model, samples, seed=0):
 def same(first, second, tolerance=0.0) -> bool:
     assert len(first) == len(second)
     return all(
-        a.text == b.text and a.exists == b.exists and a.mask.iou(b.mask) >= 1 - tolerance
-        for a, b in zip(first, second)
+        a.text == b.text and a.exists == b.exists and a.mask.iou(b.mask) >= 1 - tolerance for a, b in zip(first, second)
     )
 
 
@@ -166,7 +165,9 @@ def test_trigger_count_must_equal_mask_count(model, answer, count):
     sample = scenes(0)[0]
     masks = (sample.queries[0].target(sample.size),) * count
     query = Query(text="x", task="chat", answer=answer, masks=masks, id="q7")
-    with pytest.raises(ValueError, match=rf"query q7 .* holds \d times <\|seg\|> but {count} masks .* one trigger per mask"):
+    with pytest.raises(
+        ValueError, match=rf"query q7 .* holds \d times <\|seg\|> but {count} masks .* one trigger per mask"
+    ):
         model.head().build(replace(sample, queries=(query,)), model.backbone.codec, np.random.default_rng(0))
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from backbones.tiny import scenes
 from heads.all_mask.test_all_mask import make_model
+
 from mmseg_llm.backbones.llava import LlavaBackbone
 from mmseg_llm.backbones.qwen_vl import QwenVLBackbone
 from mmseg_llm.heads.all_mask.passes import Trigger
@@ -18,7 +18,7 @@ FAMILIES = {"qwen": QwenVLBackbone, "llava": LlavaBackbone}
 
 @pytest.fixture(scope="module", params=[None, "qwen", "llava"], ids=str)
 def model(request):
-    return make_model(FAMILIES[request.param]() if request.param else None, max_new_tokens=5)
+    return make_model(FAMILIES[request.param]() if request.param else None, max_chat_tokens=5)
 
 
 @torch.no_grad()
@@ -69,7 +69,9 @@ def test_turns_equal_a_dialogue_from_scratch(model, monkeypatch):
                 compared += 1
         assert next(masks, None) is None and len(calls) == before == 1
         assert reply.text == codec.decode(ids)
-        said += ids + ([] if ids[-1] == codec.end_id else [codec.end_id]) + list(codec.encode(codec.template.after_answer))
+        said += (
+            ids + ([] if ids[-1] == codec.end_id else [codec.end_id]) + list(codec.encode(codec.template.after_answer))
+        )
     assert compared >= 2, "the test needs masks to compare"
     cached = conversation.prefix.visibility.block[0].ge(0).sum()
     pending = len(conversation._pending)
