@@ -118,5 +118,5 @@ def stamp_reference(model: PerceptionModel, samples: Sequence[Sample]) -> list[P
                 values = head.classifier(states[:, batch.dense_positions[0]])
                 masks = [head.grid.arrange(values, grid, head.num_classes)[0].float()]
                 said.triggers = [Trigger(0, 1)]
-            predictions += [p for _, p in finish(head, one, seen, said, masks, head.upsampling, sample.image)]
+            predictions += [p for _, p in finish(head, one, seen, said, masks, head.upsampling)]
     return predictions

@@ -1,4 +1,4 @@
-"""Command line: `mmseg-llm train|evaluate|score|predict|data|convert|bench|doctor`. The signatures below are the schema and the help.
+"""Command line: `mmseg-llm train|evaluate|score|predict|data|convert|bench|doctor`. The signatures are schema and help.
 
 Heavy libraries are imported inside the verbs, so that `--help` is instant.
 """
@@ -43,12 +43,11 @@ def evaluate(
         max_samples: score the first images only.
         refiner: config of what sharpens the masks (configs/segmenters/*.yaml).
     """
+    from mmseg_llm.configuration import read_data, read_refiner
     from mmseg_llm.data.base import Subset
     from mmseg_llm.evaluation import evaluate as run
     from mmseg_llm.evaluation import format_report
     from mmseg_llm.inference.perceiver import Perceiver
-    from mmseg_llm.inference.refining import read_refiner
-    from mmseg_llm.training.config import read_data
 
     sharpen = None if refiner is None else read_refiner(refiner)
     model = Perceiver.from_pretrained(checkpoint, device=device).model
@@ -105,9 +104,9 @@ def predict(
         device: cpu, cuda, ...; a GPU where there is one by default.
         refiner: config of what sharpens the masks (configs/segmenters/*.yaml).
     """
+    from mmseg_llm.configuration import read_refiner
     from mmseg_llm.inference.outputs import write_predictions
     from mmseg_llm.inference.perceiver import Perceiver
-    from mmseg_llm.inference.refining import read_refiner
 
     for text in query:
         if not text.strip(" ."):
@@ -160,7 +159,7 @@ def data_describe(*, data: Path) -> None:
     Args:
         data: data config (configs/data/*.yaml).
     """
-    from mmseg_llm.training.config import read_data
+    from mmseg_llm.configuration import read_data
 
     module = read_data(data)
     for split in ("train", "val", "test"):

@@ -346,6 +346,21 @@ class Prediction:
     mask_logits: np.ndarray | None = field(default=None, repr=False, compare=False)
     image: str | Path | Image.Image | None = field(default=None, repr=False, compare=False)
 
+    @classmethod
+    def answering(cls, sample: Sample, index: int, mask: Mask, **fields: Any) -> Prediction:
+        """The answer to one query of a sample by a mask: who it belongs to and its box follow."""
+        query = sample.queries[index]
+        return cls(
+            query=query.text,
+            size=(int(sample.size[0]), int(sample.size[1])),
+            query_id=query.id or str(index),
+            sample_id=sample.id,
+            mask=mask,
+            box=mask.box,
+            image=sample.image,
+            **fields,
+        )
+
     @property
     def answer_mask(self) -> Mask:
         """What the model answers: its mask, or an empty one where it says that nothing fits (`exists` is False)."""

@@ -15,9 +15,9 @@ from PIL import Image
 
 from mmseg_llm import Perceiver
 from mmseg_llm.cli import main
+from mmseg_llm.configuration import read_data
 from mmseg_llm.evaluation import evaluate, score_file
 from mmseg_llm.training.checkpoint import build_model, read_model_settings
-from mmseg_llm.training.config import read_data
 
 ROOT = Path(__file__).parent.parent
 STEPS = 140

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmseg_llm.lazy import lazy
 
 if TYPE_CHECKING:
     from mmseg_llm.data.base import SampleDataset
@@ -22,21 +24,15 @@ __all__ = [
     "load_plain_pickle",
 ]
 
-_HOMES = {
-    "CocoIndex": "coco",
-    "CocoInstances": "coco",
-    "Concat": "concat",
-    "DialogueDataset": "dialogue",
-    "ReferDataset": "refer",
-    "SampleDataset": "base",
-    "load_plain_pickle": "unpickle",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a reader on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mmseg_llm.data' has no attribute '{name}'")
-    from importlib import import_module
-
-    return getattr(import_module(f"mmseg_llm.data.{_HOMES[name]}"), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "CocoIndex": "coco",
+        "CocoInstances": "coco",
+        "Concat": "concat",
+        "DialogueDataset": "dialogue",
+        "ReferDataset": "refer",
+        "SampleDataset": "base",
+        "load_plain_pickle": "unpickle",
+    },
+)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmseg_llm.lazy import lazy
 
 if TYPE_CHECKING:
     from mmseg_llm.segmenters.base import RefineError, Refiner, refine_predictions
@@ -23,22 +25,16 @@ __all__ = [
     "refine_predictions",
 ]
 
-_HOMES = {
-    "GrabCutRefiner": "mmseg_llm.segmenters.grabcut",
-    "RefineError": "mmseg_llm.segmenters.base",
-    "Refiner": "mmseg_llm.segmenters.base",
-    "SamEngine": "mmseg_llm.segmenters.sam_engine",
-    "SamRefiner": "mmseg_llm.segmenters.sam",
-    "SegmentAnythingEngine": "mmseg_llm.segmenters.sam_original",
-    "TransformersSamEngine": "mmseg_llm.segmenters.sam_transformers",
-    "refine_predictions": "mmseg_llm.segmenters.base",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import refiners on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mmseg_llm.segmenters' has no attribute '{name}'")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "GrabCutRefiner": "grabcut",
+        "RefineError": "base",
+        "Refiner": "base",
+        "SamEngine": "sam_engine",
+        "SamRefiner": "sam",
+        "SegmentAnythingEngine": "sam_original",
+        "TransformersSamEngine": "sam_transformers",
+        "refine_predictions": "base",
+    },
+)

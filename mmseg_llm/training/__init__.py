@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmseg_llm.lazy import lazy
 
 if TYPE_CHECKING:
     from mmseg_llm.training.data import PerceptionDataModule
@@ -10,13 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["PerceptionDataModule", "PerceptionModule"]
 
-_HOMES = {"PerceptionDataModule": "mmseg_llm.training.data", "PerceptionModule": "mmseg_llm.training.module"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import Lightning on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mmseg_llm.training' has no attribute '{name}'")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy(__name__, {"PerceptionDataModule": "data", "PerceptionModule": "module"})

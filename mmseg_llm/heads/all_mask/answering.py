@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -22,8 +21,6 @@ from mmseg_llm.masks import Mask
 from mmseg_llm.structures import Canvas, Prediction, Sample
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from mmseg_llm.backbones.base import Backbone
     from mmseg_llm.backbones.prefix import Prefix
     from mmseg_llm.heads.all_mask.head import AllMaskHead
@@ -72,7 +69,7 @@ def answer_samples(head: AllMaskHead, backbone: Backbone, samples: Sequence[Samp
         for item in said:
             masks = [next(logits) for _ in item.triggers]
             sample = asked[item.row]
-            for query_id, prediction in finish(head, sample, canvases[item.row], item, masks, upsampling, sample.image):
+            for query_id, prediction in finish(head, sample, canvases[item.row], item, masks, upsampling):
                 found[item.row, query_id] = prediction
         prefix.rollback(mark)
     return [found[row, i] for row, sample in enumerate(asked) for i in range(len(sample.queries))]
@@ -183,7 +180,6 @@ def finish(
     said: Said,
     masks: Sequence[torch.Tensor],
     upsampling: Literal["bilinear", "nearest"],
-    image: str | Path | Image.Image,
 ) -> list[tuple[int, Prediction]]:
     """Cells to pixels: one prediction for each query of an answer.
 
@@ -194,7 +190,6 @@ def finish(
         said: the answer.
         masks: logits of the cells `(C, h, w)` of its triggers.
         upsampling: of cells to pixels.
-        image: to show the predictions on.
     """
     if masks:
         # a query with several masks is answered by their union
@@ -205,21 +200,14 @@ def finish(
         arrays, soft = is_on.to(torch.uint8).cpu().numpy(), values.cpu().numpy()
     out = []
     for i, query_id in enumerate(said.query_ids):
-        query = sample.queries[query_id]
         mask = Mask.from_array(arrays[i]) if masks else Mask.empty(sample.size)
         is_there = mask.area > 0 and not said.refused
-        prediction = Prediction(
-            query=query.text,
-            size=(int(sample.size[0]), int(sample.size[1])),
-            query_id=query.id or str(query_id),
-            sample_id=sample.id,
+        prediction = Prediction.answering(
+            *(sample, query_id, mask),
             text=said.text,
-            mask=mask,
-            box=mask.box,
             score=said.confidence * float(certainty[i]) if is_there else said.confidence,
             exists=is_there,
             mask_logits=soft[i] if masks and covers(canvas) else None,
-            image=image,
         )
         out.append((query_id, prediction))
     return out

@@ -336,21 +336,15 @@ class MaskDecoderHead(Head):
             ]
         drawn = iter(masks)
         predictions = []
-        for i, (query, answer) in enumerate(zip(sample.queries, answers, strict=True)):
+        for i, answer in enumerate(answers):
             mask, certainty, coarse = (Mask.empty(sample.size), 0.0, None) if answer.state is None else next(drawn)
             predictions.append(
-                Prediction(
-                    query=query.text,
-                    size=(int(sample.size[0]), int(sample.size[1])),
-                    query_id=query.id or str(i),
-                    sample_id=sample.id,
+                Prediction.answering(
+                    *(sample, i, mask),
                     text=answer.text,
-                    mask=mask,
-                    box=mask.box,
                     score=answer.confidence * (certainty if answer.is_seg else 1.0),
                     exists=answer.is_seg,
                     mask_logits=coarse,
-                    image=sample.image,
                 )
             )
         return predictions

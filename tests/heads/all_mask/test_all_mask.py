@@ -72,7 +72,7 @@ def test_build(model):
         assert suffix.ids[suffix.slots[0]] == head.seg_id and suffix.dense_slots == (0,)
         assert suffix.dense.token_id == head.mask_id and suffix.dense.length == 36
         supervised = [label for label in suffix.labels if label != IGNORE_INDEX]
-        assert supervised == list(codec.encode("Here: ", SEG)) + [codec.end_id]
+        assert supervised == [*codec.encode("Here: ", SEG), codec.end_id]
         text = codec.decode(suffix.ids)
         assert query.text in text and ("Segment" in text or "Where is" in text)
         expected = cell_labels(query.target(sample.size), example.canvas, (6, 6), "area")
@@ -179,12 +179,12 @@ def test_sizes_that_do_not_fit_the_grid():
     def sample(height, width):
         return Sample(Image.new("RGB", (width, height)), (height, width), query, id="s3")
 
-    with pytest.raises(ValueError, match="image s3 of 5 x 6 pixels .* too small .* 8 x 9 cells; enlarge the image"):
+    with pytest.raises(ValueError, match=r"image s3 of 5 x 6 pixels .* too small .* 8 x 9 cells; enlarge the image"):
         head.build(sample(5, 6), codec, np.random.default_rng(0))
     codec.context = 100
-    with pytest.raises(ValueError, match="s3 of 200 x 200 .* too large .* takes 100; lower max_pixels"):
+    with pytest.raises(ValueError, match=r"s3 of 200 x 200 .* too large .* takes 100; lower max_pixels"):
         head.build(sample(200, 200), codec, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="more than 200 times as long"):
+    with pytest.raises(ValueError, match=r"more than 200 times as long"):
         head.build(sample(1, 300), codec, np.random.default_rng(0))
 
 
@@ -195,7 +195,7 @@ def test_settings_are_checked():
         AllMaskHead(num_classes=0)
     with pytest.raises(ValueError, match="grid scale 0"):
         MaskGrid(scale=0)
-    with pytest.raises(ValueError, match="lacks '{x}'"):
+    with pytest.raises(ValueError, match=r"lacks '{x}'"):
         Prompts(questions=("Segment.",))
     with pytest.raises(ValueError, match=r"need a backbone with M-RoPE"):
         make_model(grid=MaskGrid(position="grid"))
