@@ -481,7 +481,7 @@ def test_trains_on_a_batch_of_shapes(model):
         built.train()
         calls = []
         for part in (built.backbone.language_model.layers[0].mlp, built.backbone.vision_tower.blocks[0].mlp):
-            part.register_forward_hook(lambda *_: calls.append(1))
+            part.register_forward_pre_hook(lambda *_: calls.append(1))
         losses = built.loss(make_batch(built, [first, resized(second, (60, 96))]))
         sum(value for name, value in losses.items() if not name.startswith("_")).backward()
         assert len(calls) == (4 if checkpointing else 2)

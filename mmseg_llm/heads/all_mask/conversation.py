@@ -6,7 +6,7 @@ earlier masks are represented by their trigger only).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,13 +108,9 @@ class Conversation:
             if index != self.head.seg_id:
                 continue
             span = codec.decode(ids[start:place])
-            query = Sample(
-                "", self.sample.size, (Query(text=question, id=f"{self.turns}.{len(masks)}"),), "conversation"
-            )
-            said = Said(0, [0], span, confidence=1.0)
-            (_, prediction), *_ = finish(
-                self.head, query, self.canvas, said, [logits[len(masks)]], self.head.upsampling, self.sample.image
-            )
+            asked = replace(self.sample, queries=(Query(text=question, id=f"{self.turns}.{len(masks)}"),))
+            said, cells = Said(0, [0], span), [logits[len(masks)]]
+            (_, prediction), *_ = finish(self.head, asked, self.canvas, said, cells, self.head.upsampling)
             spans.append((span, len(masks)))
             masks.append(prediction)
             start = place + 1
