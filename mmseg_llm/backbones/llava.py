@@ -186,7 +186,7 @@ class _Builder:
         check_type(language, read_settings(folders[1]), TEXT_TYPES)
         vision_config = AutoConfig.from_pretrained(folders[0])
         vision_config = getattr(vision_config, "vision_config", vision_config)
-        if hasattr(vision_config, "vision_use_head"):
+        if vision_config.model_type == "siglip_vision_model":
             vision_config.vision_use_head = False  # the pooling head of SigLIP, which no token passes
         tokenizer = load_tokenizer(folders[1])
         template = self._template(tokenizer)

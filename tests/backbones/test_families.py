@@ -403,7 +403,7 @@ def test_eager_equals_sdpa(model):
 
 @torch.no_grad()
 def test_flex_attention_equals_sdpa(model, monkeypatch):
-    """FlexAttention without its compiler, which takes ten to twenty seconds per shape on a CPU; see the slow test below."""
+    """FlexAttention without its compiler, which takes five to twenty seconds per kind of mask on a CPU; see the slow test."""
     from torch.nn.attention import flex_attention as flex
     from transformers.integrations.flex_attention import WrappedFlexAttention
 
@@ -420,6 +420,21 @@ def test_flex_attention_equals_sdpa(model, monkeypatch):
     assert other.backbone.vision_tower.config._attn_implementation == "sdpa"
     check_same_states(model, other)
     assert calls and all(isinstance(mask, flex.BlockMask) for mask in calls)
+
+
+@torch.no_grad()
+def test_bfloat16_is_close(model):
+    """Within the rounding of eight layers; states are up to four in size."""
+    other = build(model.backbone.source, dtype="bfloat16")
+    other.load_state_dict(model.state_dict())
+    other.to(torch.bfloat16)  # as run folders are loaded
+    batch = make_batch(model, samples_of(model), name="all_mask")
+    states = packed_states(other, batch)[0]
+    real = batch.visibility.block >= 0
+    assert states.dtype == torch.bfloat16
+    close(states.float()[real], packed_states(model, batch)[0][real], 0.25)
+    losses, expected = other.loss(batch), model.loss(batch)
+    assert all(losses[name] == pytest.approx(float(expected[name]), rel=0.02) for name in ("ce", "bce", "dice"))
 
 
 @pytest.mark.slow
