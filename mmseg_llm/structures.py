@@ -235,6 +235,7 @@ class Example:
         prefix: token ids shared by all suffixes, image placeholders expanded.
         suffixes: dialogue branches.
         targets: head-specific dense targets, one per entry of all `query_ids` in order (numpy arrays).
+        prefix_labels: next-token targets aligned with `prefix` where a head supervises it; nothing of it when empty.
     """
 
     head: str
@@ -244,6 +245,7 @@ class Example:
     prefix: tuple[int, ...]
     suffixes: tuple[Suffix, ...]
     targets: tuple[Any, ...] = ()
+    prefix_labels: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -44,6 +44,8 @@ def _pack(example: Example, codec: Codec) -> _Row:
         image_positions=np.flatnonzero(np.asarray(example.prefix) == codec.token_id(codec.template.image_context)),
     )
     row.ids[:start] = example.prefix
+    if example.prefix_labels:
+        row.labels[:start] = example.prefix_labels
     row.positions[:, :start], following = codec.positions(example.prefix, example.canvas.size)
     num_dense = 0
     for index, suffix in enumerate(example.suffixes, 1):

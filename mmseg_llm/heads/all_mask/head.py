@@ -151,12 +151,14 @@ class AllMaskHead(Head):
         turns = dialogue.training_turns(self, sample, labelled, codec, rng)
         block = DenseBlock(self.mask_id, self.grid.offsets(grid, codec.rope_axes), self.is_bidirectional)
         seen = frame(canvas, codec.geometry.covered(canvas.size))
+        prefix = codec.image_prefix(canvas.size)
         return Example(
             head=self.name,
             sample=sample,
             canvas=canvas,
             pixels=codec.pixels(canvas),
-            prefix=codec.image_prefix(canvas.size),
+            prefix=prefix,
+            prefix_labels=prefix if self.label_mode == "official_all_tokens" else (),
             suffixes=tuple(turn.suffix(block, is_first=i == 0) for i, turn in enumerate(turns)),
             targets=tuple(
                 None if mask is None else cell_labels(mask, seen, self.grid.shape(grid), self.label_rule)

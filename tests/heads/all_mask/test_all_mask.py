@@ -229,6 +229,22 @@ def test_user_text_cannot_trigger(model):
     assert seen and model.head().seg_id not in seen
 
 
+def test_official_labels_supervise_everything(model):
+    """All tokens but those of mask blocks, with their true predecessors (specification 3.1)."""
+    official = make_model(label_mode="official_all_tokens", max_queries=None)
+    batch = batch_of(official, scenes(0, 1))
+    is_dense = torch.zeros_like(batch.ids, dtype=torch.bool).scatter_(1, batch.dense_positions.clamp(min=0), True)
+    supervised = batch.labels != IGNORE_INDEX
+    assert torch.equal(batch.labels[supervised], batch.ids[supervised])
+    is_real = (batch.visibility.block >= 0) & ~is_dense
+    left = is_real & ~supervised
+    starts = [(batch.visibility.block[row, i], batch.positions[0, row, i]) for row, i in left.nonzero().tolist()]
+    prefix = len(official.backbone.codec.image_prefix())
+    # only the first token of the later branches, which nothing in its packed row comes right before
+    assert [int(block) for block, _ in starts] == [2, 3, 4] * 2 and {int(place) for _, place in starts} == {prefix}
+    assert int(supervised.sum()) > 3 * int((batch_of(model, scenes(0, 1)).labels != IGNORE_INDEX).sum())
+
+
 # ---- training = inference -----------------------------------------------------------------------------------------------
 
 VARIANTS = {

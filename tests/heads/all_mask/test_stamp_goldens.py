@@ -128,13 +128,14 @@ def training_batch(golden):
         block = DenseBlock(head.mask_id, head.grid.offsets(grid, 3))
         suffix = Suffix(rest, tuple(labels[len(prefix) :]), (0,) * len(slots), slots, block, tuple(range(len(slots))))
         example = Example(
-            "all_mask", Sample("", size), canvas, np.zeros((3, 1, 1), np.float32), prefix, (suffix,), tuple(targets)
+            *("all_mask", Sample("", size), canvas, np.zeros((3, 1, 1), np.float32)),
+            prefix=prefix,
+            suffixes=(suffix,),
+            targets=tuple(targets),
+            prefix_labels=tuple(labels[: len(prefix)]),  # the reference supervises the prefix too
         )
-        examples.append((example, labels[: len(prefix)]))
-    batch = collate([example for example, _ in examples], golden.backbone.codec)
-    for row, (_, labels) in enumerate(examples):  # the reference supervises the prefix too
-        batch.labels[row, : len(labels)] = torch.tensor(labels)
-    return batch, grids, patch_labels
+        examples.append(example)
+    return collate(examples, golden.backbone.codec), grids, patch_labels
 
 
 def test_stamp_model_training(golden, monkeypatch):
