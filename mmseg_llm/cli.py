@@ -299,13 +299,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in {"train", *VERBS}:
         print(f"error: no verb '{words[0]}'; use one of {', '.join(['train', *VERBS])}", file=sys.stderr)
         return 2
+    return guarded(lambda: train(words[1:]) if words[0] == "train" else _run(VERBS[words[0]], words))
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Run something; user errors become one sentence and exit status 2."""
     from jsonargparse import ArgumentError
 
     try:
-        if words[0] == "train":
-            train(words[1:])
-        else:
-            _run(VERBS[words[0]], words)
+        run()
     except (ValueError, ArgumentError) as error:
         print(f"error: {' '.join(str(root_cause(error)).split())}", file=sys.stderr)
         return 2

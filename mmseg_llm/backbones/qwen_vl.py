@@ -302,7 +302,7 @@ class _Builder:
         """The geometry with the pixel bounds that were asked for, and the square canvas that goes with them."""
         stored = (geometry.min_pixels, geometry.max_pixels)
         low, high = (own if given is None else given for own, given in zip(stored, self.pixels))
-        side = int((high or 0) ** 0.5) // geometry.step * geometry.step
+        side = geometry.image_size[0] if high is None else int(high**0.5) // geometry.step * geometry.step
         return replace(geometry, image_size=(side, side), min_pixels=low, max_pixels=high)
 
 
