@@ -68,9 +68,17 @@ def check_type(source: str, settings: Mapping[str, Any], known: Sequence[str]) -
     return str(kind)
 
 
+def image_settings(folder: Path | None) -> dict[str, Any]:
+    """Settings of the image processor in a folder, under either name that transformers gave the file; empty without."""
+    if folder is None:
+        return {}
+    stored = read_settings(folder, "preprocessor_config.json")
+    return stored or read_settings(folder, "processor_config.json").get("image_processor") or {}
+
+
 def statistics(folder: Path | None) -> dict[str, Any]:
     """`mean` and `std` of the image processor stored in a folder, where there is one."""
-    stored = {} if folder is None else read_settings(folder, "preprocessor_config.json")
+    stored = image_settings(folder)
     if "image_mean" in stored and "image_std" in stored:
         return {"mean": tuple(stored["image_mean"]), "std": tuple(stored["image_std"])}
     return {}

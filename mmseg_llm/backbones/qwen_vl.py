@@ -24,7 +24,15 @@ from mmseg_llm.backbones.codec import CODEC_FILE, Codec, load_tokenizer, tiny_to
 from mmseg_llm.backbones.coordinates import CoordinateCodec
 from mmseg_llm.backbones.features import VisionFeatures, split_rows
 from mmseg_llm.backbones.image_geometry import CLIP_STATISTICS, HALF_STATISTICS, ImageGeometry
-from mmseg_llm.backbones.loading import cast, check_type, load_stock, local_folder, read_settings, statistics
+from mmseg_llm.backbones.loading import (
+    cast,
+    check_type,
+    image_settings,
+    load_stock,
+    local_folder,
+    read_settings,
+    statistics,
+)
 from mmseg_llm.backbones.sizes import HUB_SOURCES, QWEN_VL
 from mmseg_llm.backbones.visibility import check_attention
 
@@ -33,6 +41,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from mmseg_llm.masks import Size
+
+# A square canvas, for heads that need one, stays at what STAMP trains with: hub processors allow 16384 tokens.
+MAX_SQUARE_TOKENS = 1280
 
 # Of each family: chat template, how it writes coordinates, channel statistics.
 FAMILIES: dict[str, tuple[str, CoordinateCodec, dict[str, Any]]] = {
@@ -161,6 +172,12 @@ class QwenVLBackbone(Backbone):
             ValueError: if they are not, as after a change of the installed transformers.
         """
         geometry = self.codec.geometry
+        name, stored = self.codec.template.image_context, self.model.config.image_token_id
+        if self.codec.token_id(name) != stored:
+            raise ValueError(
+                f"the tokenizer gives {name} the id {self.codec.token_id(name)} but the config of '{self.source}' says "
+                f"{stored}; use the tokenizer and the config of one checkpoint"
+            )
         size = (2 * geometry.step, 3 * geometry.step)
         ids = self.codec.image_prefix(size) + self.codec.question("a")
         ours, following = self.codec.positions(ids, size)
@@ -302,15 +319,15 @@ class _Builder:
         """The geometry with the pixel bounds that were asked for, and the square canvas that goes with them."""
         stored = (geometry.min_pixels, geometry.max_pixels)
         low, high = (own if given is None else given for own, given in zip(stored, self.pixels))
-        side = geometry.image_size[0] if high is None else int(high**0.5) // geometry.step * geometry.step
+        if high is None:
+            return geometry
+        side = int(min(high, MAX_SQUARE_TOKENS * geometry.step**2) ** 0.5) // geometry.step * geometry.step
         return replace(geometry, image_size=(side, side), min_pixels=low, max_pixels=high)
 
 
 def _stored_pixels(folder: Path | None, area: int) -> tuple[int, int]:
     """Pixel bounds of the image processor in a folder; STAMP's training bounds, 1024 to 1280 tokens, where there is none."""
-    stored = {} if folder is None else read_settings(folder, "preprocessor_config.json")
-    if folder is not None and not stored:  # where whole processors are saved by transformers 5
-        stored = read_settings(folder, "processor_config.json").get("image_processor") or {}
+    stored = image_settings(folder)
     size = stored.get("size") or {}
     low = stored.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge") or 1024 * area
     high = stored.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge") or 1280 * area

@@ -21,6 +21,7 @@ from mmseg_llm.backbones.adapters import LORA_TARGETS, Lora, Trainable, lora_tar
 from mmseg_llm.backbones.codec import Codec
 from mmseg_llm.backbones.collate import collate
 from mmseg_llm.backbones.image_geometry import CLIP_STATISTICS, HALF_STATISTICS
+from mmseg_llm.backbones.loading import statistics
 from mmseg_llm.backbones.qwen_vl import FAMILIES, QwenVLBackbone, patchify, raster_order
 from mmseg_llm.backbones.sizes import HUB_SOURCES, QWEN_VL
 from mmseg_llm.geometry import stretch
@@ -526,3 +527,26 @@ def test_parameter_counts_of_the_released_sizes(source):
 def test_every_released_size_is_counted():
     assert set(BILLIONS) == {size for size in QWEN_VL if "tiny" not in size} <= set(HUB_SOURCES.values())
     assert {QWEN_VL[size]["family"] for size in BILLIONS} == set(FAMILIES)
+
+
+def test_square_canvas_is_bounded():
+    """Hub processors allow canvases of millions of pixels; heads that need a square one do not get those."""
+    backbone = QwenVLBackbone(min_pixels=64 * 64, max_pixels=4000 * 4000)
+    side = backbone.codec.geometry.image_size[0]
+    assert side * side <= 1280 * 12 * 12 < (side + 12) ** 2
+    assert QwenVLBackbone(min_pixels=64 * 64, max_pixels=96 * 96).codec.geometry.image_size == (96, 96)
+
+
+def test_tokenizer_and_config_must_agree(tmp_path):
+    backbone = QwenVLBackbone()
+    backbone.model.config.image_token_id += 1
+    backbone.save_config(tmp_path)
+    with pytest.raises(ValueError, match=r"gives <\|image_pad\|> the id \d+ but the config of .* says \d+"):
+        QwenVLBackbone(str(tmp_path), weights="random")
+
+
+def test_statistics_of_processors_saved_as_a_whole(tmp_path):
+    """transformers 5 writes one file for a whole processor."""
+    settings = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    assert statistics(tmp_path) == {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}

@@ -261,3 +261,19 @@ def test_refuses():
         scores([pair("a", 0, strip(5), strip(5)), pair("a", 0, strip(5), strip(6))])
     with pytest.raises(ValueError, match="rows must be"):
         score_rows(np.zeros((3, 2), np.int64))
+
+
+def test_stamp_rules():
+    """STAMP specification section 6: eps 1e-5 in both scores, 1 where the union is empty, no rejection beside the mask."""
+    pairs = [
+        pair(0, 0, strip(10), strip(20)),
+        pair(0, 1, strip(30, 5), strip(30)),
+        pair(1, 2, strip(0), strip(0), exists=False),
+        pair(1, 3, strip(8), strip(0)),
+        pair(2, 4, None, strip(12), exists=False),  # no trigger: an all-zero prediction
+    ]
+    inter, union = np.array([10, 25, 0, 0, 0]), np.array([20, 35, 0, 8, 12])
+    found = scores(pairs, "stamp")
+    assert found["cIoU"] == pytest.approx(inter.sum() / (union.sum() + 1e-5), abs=1e-12)
+    each = np.where(union == 0, 1.0, inter / (union + 1e-5))
+    assert found["gIoU"] == pytest.approx(each.mean(), abs=1e-12)

@@ -288,6 +288,22 @@ def test_packed_training_pass_equals_cached_inference(name, family):
             assert np.array_equal(drawn.mask_logits > 0, is_best.numpy())
 
 
+@pytest.mark.parametrize("family", [InternVLBackbone, QwenVLBackbone])
+def test_cached_equals_uncached_on_a_model_of_ordinary_scale(family):
+    """With weights of the usual size, the cached pass and a whole uncached one differ by rounding only."""
+    torch.manual_seed(0)
+    model = PerceptionModel(family(), {"all_mask": AllMaskHead(prompts=Prompts(SHORT.questions[:1], SHORT.answers))})
+    head, sample = model.eval().head(), scenes(0)[0]
+    batch = batch_of(model, [sample])
+    with torch.no_grad():
+        features = model.backbone.encode_images(batch.pixels, batch.canvas_sizes)
+        states = model.backbone(batch, features, head.dense_features(features)).states
+        whole = head.classifier(gather(states, batch.dense_positions))[0, :, 0]
+    cached = np.concatenate([p.mask_logits.ravel() for p in model.predict([sample], protocol="force_segment")])
+    error = np.abs(cached - whole.numpy()).max()
+    assert error <= 1e-6 * max(1.0, float(whole.abs().max())), error
+
+
 def test_every_way_of_running_gives_the_same_masks(model):
     samples = scenes(0, 1, 7)
     for protocol in model.head().protocols:

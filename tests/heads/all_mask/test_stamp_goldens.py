@@ -66,7 +66,10 @@ class Golden:
         self.tensors, self.meta = read_golden(path)
         state = weights(self.meta)
         write_folder(folder, self.meta, state)
-        self.backbone = QwenVLBackbone(str(folder), min_pixels=28 * 28, max_pixels=10**6).eval()
+        vision = self.meta["config"]["vision"]
+        self.merge = vision["spatial_merge_size"]
+        self.step = vision["patch_size"] * self.merge
+        self.backbone = QwenVLBackbone(str(folder), min_pixels=self.step**2, max_pixels=10**7).eval()
         self.head = AllMaskHead(
             label_rule="centre_strict",
             label_mode="official_all_tokens",
@@ -81,12 +84,17 @@ class Golden:
 
     def grids(self, key: str) -> list[tuple[int, int]]:
         """Image tokens, rows and columns."""
-        return [(h // 2, w // 2) for _, h, w in self.tensors[f"{key}.image_grid_thw"].tolist()]
+        return [(h // self.merge, w // self.merge) for _, h, w in self.tensors[f"{key}.image_grid_thw"].tolist()]
+
+    def canvas(self, grid, size) -> Canvas:
+        """An image of `size` stretched over the tokens of a grid."""
+        height, width = grid[0] * self.step, grid[1] * self.step
+        return Canvas(Image.new("RGB", (width, height)), size, (width / size[1], height / size[0]))
 
     def features(self, monkeypatch, images, grids):
         """Vision features of stored patches, which no image has: their two frames differ."""
         monkeypatch.setattr(qwen_vl, "patchify", lambda *_: torch.cat([self.patches[i] for i in images]))
-        sizes = [(h * 28, w * 28) for h, w in grids]
+        sizes = [(h * self.step, w * self.step) for h, w in grids]
         return self.backbone.encode_images(torch.zeros(len(images), 3, 1, 1), sizes)
 
     def close(self, ours, key: str, bound: str) -> float:
@@ -120,9 +128,7 @@ def training_batch(golden):
         slots = tuple(i for i, index in enumerate(rest) if index == head.seg_id)
         masks = [tensors[f"train.mask_{row}_{i}"].numpy() for i in range(len(slots))]
         size = masks[0].shape
-        canvas = Canvas(
-            Image.new("RGB", (grid[1] * 28, grid[0] * 28)), size, (grid[1] * 28 / size[1], grid[0] * 28 / size[0])
-        )
+        canvas = golden.canvas(grid, size)
         targets = [cell_labels(Mask.from_array(mask), canvas, grid, "centre_strict") for mask in masks]
         patch_labels += [(tensors[f"train.patch_labels_{row}_{i}"].numpy(), t) for i, t in enumerate(targets)]
         block = DenseBlock(head.mask_id, head.grid.offsets(grid, 3))
