@@ -31,7 +31,7 @@ lint: install
 	$(BIN)/mypy
 
 golden: install
-	$(BIN)/pytest -m golden
+	$(BIN)/pytest -m golden -q -s # prints the errors
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
