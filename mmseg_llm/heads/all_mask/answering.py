@@ -142,15 +142,19 @@ def _generate(
     ends = (head.no_id,) if is_chat or head.max_masks > 1 else (head.seg_id, head.no_id)
     bound = head.max_chat_tokens if is_chat else head.max_new_tokens
     generated = backbone.generate(prefix, prompts, max_new_tokens=bound, stop=ends, keep=True)
-    said = []
+    said: list[Said] = []
+    decided: list[torch.Tensor | None] = []
     for row, parts in enumerate(groups):
         for branch, part in enumerate(parts):
             ids, places = generated.ids[row][branch], generated.places[row][branch]
             triggers = find_triggers(head, row, generated.first + branch, ids, places)
             limit = len(triggers) if is_chat else head.max_masks
             item = Said(row, list(part), codec.decode(ids), triggers[:limit], refused=head.no_id in ids)
-            item.confidence = _confidence(head, backbone, ids, generated.states[row][branch])
             said.append(item)
+            slot = next((i for i, index in enumerate(ids) if index in (head.seg_id, head.no_id)), None)
+            decided.append(None if slot is None else generated.states[row][branch][slot])
+    for item, chance in zip(said, _confidences(head, backbone, decided), strict=True):
+        item.confidence = chance
     return said
 
 
@@ -163,14 +167,14 @@ def find_triggers(head: AllMaskHead, row: int, block: int, ids: Sequence[int], p
     ]
 
 
-def _confidence(head: AllMaskHead, backbone: Backbone, ids: Sequence[int], states: torch.Tensor) -> float:
-    """Odds of the trigger against the refusal where one of them was said; 0 without either."""
-    slot = next((i for i, index in enumerate(ids) if index in (head.seg_id, head.no_id)), None)
-    if slot is None:
-        return 0.0
-    if head.no_target == "empty_mask":
-        return 1.0
-    return float(backbone.logits(states[slot])[[head.seg_id, head.no_id]].softmax(-1)[0])
+def _confidences(head: AllMaskHead, backbone: Backbone, states: Sequence[torch.Tensor | None]) -> list[float]:
+    """Odds of the trigger against the refusal, from the states `(D,)` that said one of them; 0 where neither was said."""
+    said = [state for state in states if state is not None]
+    if head.no_target == "empty_mask" or not said:
+        return [0.0 if state is None else 1.0 for state in states]
+    odds = backbone.logits(torch.stack(said))[:, [head.seg_id, head.no_id]].softmax(-1)[:, 0]
+    found = iter(odds.tolist())
+    return [0.0 if state is None else next(found) for state in states]
 
 
 def finish(

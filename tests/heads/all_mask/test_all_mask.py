@@ -319,6 +319,24 @@ def test_every_way_of_running_gives_the_same_masks(model):
         assert same(together, alone) and same(together, single), protocol
 
 
+def test_expressions_and_free_questions_in_one_batch():
+    """Some images are asked for masks, some to talk, some both: everyone gets their own answer."""
+    model = make_model(max_chat_tokens=4, no_target="answer")
+    first, second, third = scenes(0, 1, 7)
+    chat = Query("What is there?", task="chat", id="c", history=(("Hello?", "Yes <|seg|>."),))
+    samples = [
+        replace(first, queries=first.queries[:2]),
+        replace(second, queries=(chat,)),
+        replace(third, queries=(chat, third.queries[0])),
+    ]
+    together = model.predict(samples)
+    assert [p.query_id for p in together] == [*(q.id for q in first.queries[:2]), "c", "c", third.queries[0].id]
+    assert same(together, [p for sample in samples for p in model.predict([sample])])
+    assert all(0 <= p.score <= 1 for p in together)
+    forced = model.predict(samples, protocol="force_segment")
+    assert forced[2].text == together[2].text and forced[0].text == "Here:"  # a free question cannot be forced
+
+
 def test_images_of_different_sizes_in_one_batch():
     model = make_model(QwenVLBackbone())
     base = scenes(0)[0]
