@@ -6,7 +6,7 @@ Legend: B images, K masks, C classes, h w cells, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -136,7 +136,10 @@ def _generate(
             if is_chat:
                 asked.append(dialogue.opening(queries[0], codec))
                 continue
-            rng = dialogue.template_draw(head, sample, queries[0]) if protocol == "official" else None
+            rng = None
+            if protocol == "official":  # its loader lower-cases expressions, too (specification 1.3)
+                queries = [replace(query, text=query.text.lower()) for query in queries]
+                rng = dialogue.template_draw(head, sample, queries[0])
             asked.append(codec.question(dialogue.question_of(head, queries, rng)))
         prompts.append(asked)
     ends = (head.no_id,) if is_chat or head.max_masks > 1 else (head.seg_id, head.no_id)

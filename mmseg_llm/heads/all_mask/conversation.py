@@ -65,7 +65,7 @@ class Conversation:
 
         Args:
             text: what the user says; control tokens in it are plain text.
-            force_segment: skip the words: the answer is the stub of the head's first template and one mask.
+            force_segment: skip the words: the answer is `Prompts.stub` and one mask.
 
         Raises:
             ValueError: for an empty text.
@@ -76,7 +76,7 @@ class Conversation:
         prompt = self._pending + codec.question(text, is_first=self.turns == 0)
         self.turns += 1
         if force_segment:
-            ids, places = self._stub(prompt, text)
+            ids, places = self._stub(prompt)
         else:
             generated = self.backbone.generate(
                 self.prefix, [[prompt]], max_new_tokens=self.head.max_chat_tokens, keep=True, first=self.branch
@@ -88,10 +88,9 @@ class Conversation:
         self._pending = last + end + codec.encode(codec.template.after_answer)
         return self._reply(text, ids, find_triggers(self.head, 0, self.branch, ids, places))
 
-    def _stub(self, prompt: tuple[int, ...], text: str) -> tuple[list[int], list[int]]:
+    def _stub(self, prompt: tuple[int, ...]) -> tuple[list[int], list[int]]:
         """Give the beginning of an answer instead of generating it; the trigger itself runs with its mask."""
-        codec, template = self.backbone.codec, self.head.prompts.answers[0]
-        words = "".join(template.split("{x}")).strip() if "{x}" in template else template
+        codec, words = self.backbone.codec, self.head.prompts.stub
         stub = codec.encode(codec.template.before_answer + (f"{words} " if words else ""))
         block = torch.full((1, len(prompt) + len(stub)), self.branch, device=self.prefix.positions.device)
         start = self.prefix.length + len(prompt)

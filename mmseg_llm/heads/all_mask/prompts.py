@@ -25,6 +25,7 @@ class Prompts:
         questions: about one expression.
         answers: what stands before the trigger.
         absent: the answer to an expression that nothing fits, before its `<|no|>`.
+        stub: what stands before the trigger where a mask is forced in a conversation, whose expression nobody knows.
     """
 
     questions: tuple[str, ...] = (
@@ -43,6 +44,7 @@ class Prompts:
         "Of course, {x} is here:",
     )
     absent: str = "Nothing here fits {x}:"
+    stub: str = "Here is the mask:"
 
     def __post_init__(self) -> None:
         """Raises: ValueError if a question lacks the place of its expression."""

@@ -23,7 +23,7 @@ from mmseg_llm.masks import Mask
 from mmseg_llm.model import PerceptionModel
 from mmseg_llm.structures import Query, Sample
 
-SHORT = Prompts(questions=("Segment {x}.", "Where is {x}?"), answers=("Here:",))
+SHORT = Prompts(questions=("Segment {x}.", "Where is {x}?"), answers=("Here:",), stub="Here:")
 
 
 def make_model(backbone=None, **settings) -> PerceptionModel:
@@ -392,6 +392,9 @@ def test_official_protocol(model):
         blocks = np.repeat(np.repeat(p.mask_logits > 0, 16, 0), 16, 1)  # 6 x 6 cells on 96 x 96 pixels
         assert np.array_equal(p.mask.array, blocks)
     assert same(predictions[4:], model.predict(samples[1:], protocol="official"))
+    loud = [replace(s, queries=tuple(replace(q, text=q.text.upper()) for q in s.queries)) for s in samples]
+    assert same(predictions, model.predict(loud, protocol="official"))
+    assert [p.query for p in model.predict(loud, protocol="official")] == [q.text for s in loud for q in s.queries]
 
 
 # ---- learning -----------------------------------------------------------------------------------------------------------
