@@ -6,13 +6,14 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mmseg_llm.bench_flows import one_at_a_time, scenes, stamp_reference, untrained_model
+from mmseg_llm.bench_flows import one_at_a_time, scenes, stamp_flow, untrained_model
 from mmseg_llm.structures import Prediction, Sample
 
 if TYPE_CHECKING:
@@ -84,10 +85,10 @@ def measure(model: PerceptionModel, samples: Sequence[Sample], batch_size: int =
     codec, head = model.backbone.codec, model.head()
     rng = np.random.default_rng(0)
     data, _ = clock(lambda: [head.build(sample, codec, rng) for sample in samples])
-    is_stamp = hasattr(head, "cell_logits")
     flows: dict[str, Callable[..., Any]] = {"one expression at a time": one_at_a_time}
-    if is_stamp:
-        flows["the reference's flow: a vision call and an uncached pass per mask"] = stamp_reference
+    if hasattr(head, "cell_logits"):
+        flows["STAMP's published flow (vision call and cached pass per mask)"] = partial(stamp_flow, is_cached=True)
+        flows["STAMP without cache (vision call and whole pass per mask)"] = partial(stamp_flow, is_cached=False)
     one_at_a_time(model, samples[:1])  # warm up
     slow = {name: clock(lambda flow=flow: flow(model, samples)) for name, flow in flows.items()}  # type: ignore[misc]
     fast, together = clock(lambda: shared(model, samples, batch_size))
@@ -123,13 +124,20 @@ def run_bench(
     backbone: str = "internvl-tiny",
     head: str = "mask_decoder",
 ) -> dict[str, Any]:
-    """Measure, print a table and optionally write JSON; arguments as in `mmseg-llm bench`."""
+    """Measure, print a table and optionally write JSON; arguments as in `mmseg-llm bench`.
+
+    Raises:
+        ValueError: without images or queries, or for an unknown model.
+    """
     from rich.console import Console
     from rich.table import Table
 
     from mmseg_llm.inference.perceiver import Perceiver
     from mmseg_llm.training.callbacks import hardware
 
+    for name, count in (("images", images), ("queries", queries)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}; measure at least one")
     if threads:
         torch.set_num_threads(threads)
     model = Perceiver.from_pretrained(checkpoint).model if checkpoint else untrained_model(backbone, head)

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from mmseg_llm.backbones.codec import IGNORE_INDEX
 from mmseg_llm.structures import Prediction, Sample
 
 if TYPE_CHECKING:
+    from mmseg_llm.backbones.features import VisionFeatures
     from mmseg_llm.heads.all_mask.head import AllMaskHead
     from mmseg_llm.model import PerceptionModel
+    from mmseg_llm.structures import Canvas
 
 
 def untrained_model(source: str = "internvl-tiny", head_name: str = "mask_decoder") -> PerceptionModel:
@@ -78,45 +81,63 @@ def one_at_a_time(model: PerceptionModel, samples: Sequence[Sample]) -> list[Pre
 
 
 @torch.no_grad()
-def stamp_reference(model: PerceptionModel, samples: Sequence[Sample]) -> list[Prediction]:
-    """The flow of the published STAMP code, on this library's parts (specification section 2.3).
+def stamp_flow(model: PerceptionModel, samples: Sequence[Sample], *, is_cached: bool) -> list[Prediction]:
+    """STAMP as its published code runs it, on this library's parts (specification section 2.3): one expression at a time, a
+    dialogue with a cache, and for its mask the vision tower again.
 
-    Per expression a dialogue with a cache; then, for its mask, the vision tower again and one pass over the whole sequence of
-    image, dialogue and mask tokens, with the full attention mask and without the cache.
+    Args:
+        model: with an `all_mask` head.
+        samples: asked about.
+        is_cached: whether the mask tokens run on the cache of the dialogue, as the published inference does; otherwise the whole
+            sequence of image, dialogue and mask tokens is computed again, as its training and its plain form do.
     """
-    from mmseg_llm.backbones.collate import collate
     from mmseg_llm.geometry import frame
-    from mmseg_llm.heads.all_mask.answering import Said, finish, open_images
+    from mmseg_llm.heads.all_mask.answering import Said, find_triggers, finish
     from mmseg_llm.heads.all_mask.dialogue import question_of
-    from mmseg_llm.heads.all_mask.passes import Trigger
-    from mmseg_llm.structures import DenseBlock, Example, Suffix
 
     backbone, codec = model.backbone, model.backbone.codec
     head: AllMaskHead = model.head()  # type: ignore[assignment]
+    stop = (head.seg_id, head.no_id)
     predictions = []
     for sample in samples:
         for query in sample.queries:
             one = replace(sample, queries=(query,))
-            prefix, _ = open_images(head, backbone, [one])
-            question = codec.question(question_of(head, [query], None))
-            stop = (head.seg_id, head.no_id)
-            ids = backbone.generate(prefix, [[question]], max_new_tokens=head.max_new_tokens, stop=stop).ids[0][0]
             canvas = head.canvas(one, codec)
-            seen = frame(canvas, codec.geometry.covered(canvas.size))
-            grid = codec.geometry.token_grid(canvas.size)
-            said = Said(0, [0], codec.decode(ids))
+            pixels = torch.from_numpy(codec.pixels(canvas))[None].to(backbone.device, backbone.model.dtype)
+            prefix = backbone.prefill(backbone.encode_images(pixels), [codec.image_prefix(canvas.size)])
+            question = codec.question(question_of(head, [query], None))
+            said = backbone.generate(prefix, [[question]], max_new_tokens=head.max_new_tokens, stop=stop, keep=True)
+            ids = said.ids[0][0]
             masks: list[torch.Tensor] = []
-            if head.seg_id in ids:
-                end = ids.index(head.seg_id) + 1
-                block = DenseBlock(head.mask_id, head.grid.offsets(grid, codec.rope_axes), head.is_bidirectional)
-                told = (*question, *ids[:end])
-                suffix = Suffix(told, (-100,) * len(told), (0,), (len(told) - 1,), block, (0,))
-                pixels, start = codec.pixels(canvas), codec.image_prefix(canvas.size)
-                batch = collate([Example(head.name, one, canvas, pixels, start, (suffix,))], codec).to(backbone.device)
-                features = backbone.encode_images(batch.pixels.to(backbone.model.dtype), batch.canvas_sizes)
-                states = backbone(batch, features, head.dense_features(features)).states
-                values = head.classifier(states[:, batch.dense_positions[0]])
-                masks = [head.grid.arrange(values, grid, head.num_classes)[0].float()]
-                said.triggers = [Trigger(0, 1)]
-            predictions += [p for _, p in finish(head, one, seen, said, masks, head.upsampling)]
+            triggers = find_triggers(head, 0, said.first, ids, said.places[0][0])
+            if triggers:
+                features = backbone.encode_images(pixels)  # once more for the mask
+                if is_cached:
+                    masks = head.cell_logits(backbone, prefix, triggers, head.dense_features(features))
+                else:
+                    told = (*question, *ids[: ids.index(head.seg_id) + 1])
+                    masks = [_uncached_mask(model, one, canvas, told, features)]
+            seen = frame(canvas, codec.geometry.covered(canvas.size))
+            answer = Said(0, [0], codec.decode(ids), triggers)
+            predictions += [p for _, p in finish(head, one, seen, answer, masks, head.upsampling)]
     return predictions
+
+
+def _uncached_mask(
+    model: PerceptionModel, sample: Sample, canvas: Canvas, told: tuple[int, ...], features: VisionFeatures
+) -> torch.Tensor:
+    """Cells `(C, h, w)` of a dialogue that ends in its trigger, from one pass over everything."""
+    from mmseg_llm.backbones.collate import collate
+    from mmseg_llm.structures import DenseBlock, Example, Suffix
+
+    backbone, codec = model.backbone, model.backbone.codec
+    head: AllMaskHead = model.head()  # type: ignore[assignment]
+    grid = codec.geometry.token_grid(canvas.size)
+    block = DenseBlock(head.mask_id, head.grid.offsets(grid, codec.rope_axes), head.is_bidirectional)
+    suffix = Suffix(told, (IGNORE_INDEX,) * len(told), (0,), (len(told) - 1,), block, (0,))
+    unused = np.zeros((3, 1, 1), np.float32)  # the features are known
+    example = Example(head.name, sample, canvas, unused, codec.image_prefix(canvas.size), (suffix,))
+    batch = collate([example], codec).to(backbone.device)
+    states = backbone(batch, features, head.dense_features(features)).states
+    values = head.classifier(states[:, batch.dense_positions[0]])
+    return head.grid.arrange(values, grid, head.num_classes)[0].float()

@@ -178,7 +178,7 @@ def bench(
     backbone: str = "internvl-tiny",
     head: Literal["mask_decoder", "all_mask"] = "mask_decoder",
 ) -> None:
-    """Time the parts and compare shared-prefix inference with one expression at a time and the reference's flow.
+    """Time the parts and compare shared-prefix inference with one expression at a time and with STAMP's own flow.
 
     Args:
         checkpoint: run folder; an untrained tiny model by default.

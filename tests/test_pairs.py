@@ -72,7 +72,7 @@ def trained(request, tmp_path_factory):
         losses.backward()
         if step == 0:
             without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-            assert all("vision" in name or "visual" in name for name in without), without
+            assert without == []  # distributed training would wait for them
         optimizer.step()
         history.append(float(losses.detach()))
     model.eval()

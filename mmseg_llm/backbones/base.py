@@ -74,6 +74,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model, self.codec = model, codec
         self.vision_width, self.text_width = vision_width, text_width
+        codec.context = codec.context or getattr(self.language_model.config, "max_position_embeddings", 0)
         self.base_vocabulary = 0  # tokens before the heads added theirs
         self.lora, self.trainable = lora, trainable or Trainable()
         check_attention(attention)

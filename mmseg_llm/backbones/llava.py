@@ -10,6 +10,7 @@ Legend: B images, P patches, T image tokens (T = P), V vision width, D language 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ VISION_TYPES: dict[str, tuple[int, dict[str, Any]]] = {
     "dinov2_with_registers": (1, {}),
     "dinov3_vit": (1, {}),
 }
+# Parameters of vision encoders that no hidden state depends on: final norms, pooling heads, the token of masked pre-training.
+UNUSED = re.compile(r"post_layernorm|^layernorm\.|^norm\.|(^|\.)head\.|mask_token")
 VISION_PARENTS = ("clip", "siglip")  # text and vision in one folder, of which the vision part is taken
 TEXT_TYPES = ("qwen2", "qwen3", "llama", "smollm3")
 NO_SIZES = ("none for the parts of a composition",)
@@ -124,8 +127,19 @@ class LlavaBackbone(Backbone):
         return self.model.model.multi_modal_projector
 
     def prepare(self, tokens: Sequence[str]) -> int:
-        """See the base class; chat tokens that a bare LM did not have are as new as those of the heads."""
-        return super().prepare([*tokens, *getattr(self.model.config, "new_chat_tokens", ())])
+        """See the base class; chat tokens that a bare LM did not have are as new as those of the heads.
+
+        What lies behind the hidden state in use gets no gradient and stays frozen: distributed training would wait for it.
+        """
+        added = super().prepare([*tokens, *getattr(self.model.config, "new_chat_tokens", ())])
+        config = self.model.config
+        depth, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
+        used = layer if layer >= 0 else depth + 1 + layer
+        for name, parameter in self.vision_tower.named_parameters():
+            found = re.search(r"layers?\.(\d+)\.", name)
+            if UNUSED.search(name) or (found and int(found[1]) >= used):
+                parameter.requires_grad_(False)
+        return added
 
     def encode_images(self, pixels: torch.Tensor, canvas_sizes: Sequence[Size] | None = None) -> VisionFeatures:
         """One pass of the vision tower: patches `(B, P, V)` of one layer, without CLS and registers, and tokens `(B, T, D)`."""

@@ -312,8 +312,7 @@ class _Builder:
         side = patch * merge
         means = {**means, **statistics(folder)}
         geometry = self._bound(ImageGeometry((side, side), patch, merge, **means, min_pixels=low, max_pixels=high))
-        context = config.text_config.max_position_embeddings
-        return Codec(tokenizer, geometry, TEMPLATES[self.template or template], coordinates, 3, context)
+        return Codec(tokenizer, geometry, TEMPLATES[self.template or template], coordinates, rope_axes=3)
 
     def _bound(self, geometry: ImageGeometry) -> ImageGeometry:
         """The geometry with the pixel bounds that were asked for, and the square canvas that goes with them."""

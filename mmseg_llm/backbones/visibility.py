@@ -118,19 +118,19 @@ class Visibility:
         """
         length = self.block.shape[1]
         first = 0 if num_queries is None else length - num_queries
-        key_block = self.block
-        query_block = self.block[:, first:]
         keys = torch.arange(length, device=self.block.device)
         queries = keys[first:]
-        q = query_block.clamp(min=0)  # (B, N)
-        k = key_block.clamp(min=0)  # (B, S)
-        rows = self.reach.gather(1, q[..., None].expand(-1, -1, self.reach.shape[-1]))  # (B, N, K)
-        bound = rows.gather(2, k[:, None].expand(-1, q.shape[1], -1))  # (B, N, S)
-        both_ways = self.bidirectional.gather(1, q)[..., None]
-        own = (q[..., None] == k[:, None]) & ((keys <= queries[:, None]) | both_ways)
-        other = (q[..., None] != k[:, None]) & (keys < bound)
-        is_query = (query_block >= 0)[..., None]
-        seen = torch.where(is_query, own | other, keys <= queries[:, None]) & (key_block >= 0)[:, None]
+        query_block = self.block[:, first:]
+        before = keys <= queries[:, None]  # (N, S)
+        is_real = (self.block >= 0)[:, None]  # (B, 1, S)
+        # What each block sees, wherever its token stands, and what it sees only behind itself; nothing of size N x S is wider
+        # than a bool.
+        own = self.block[:, None] == torch.arange(self.num_blocks, device=keys.device)[:, None]  # (B, K, S)
+        bound = self.reach.gather(2, self.block.clamp(min=0)[:, None].expand(-1, self.num_blocks, -1))  # (B, K, S)
+        always = ((~own & (keys < bound)) | (own & self.bidirectional[..., None])) & is_real
+        index = query_block.clamp(min=0)[..., None].expand(-1, -1, length)  # (B, N, S), a view
+        seen = always.gather(1, index) | (own.gather(1, index) & before)
+        seen = torch.where((query_block >= 0)[..., None], seen, before & is_real)
         # A row without any key is NaN under softmax: such padding attends to itself.
         return seen | (~seen.any(-1, keepdim=True) & (keys == queries[:, None]))
 
@@ -157,7 +157,7 @@ class Visibility:
         )
 
     def _block_mask(self, num_queries: int | None) -> BlockMask:
-        """The rule of `allowed` as a function of indices; nothing of size N x S is stored beyond the blocks' flags."""
+        """The rule of `allowed` as a function of indices; only the flags of its blocks of tokens are kept."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         batch, length = self.block.shape

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 import numpy as np
 from torch import nn
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mmseg_llm.backbones.base import Backbone
     from mmseg_llm.backbones.codec import Codec
+    from mmseg_llm.segmenters import Refiner
     from mmseg_llm.structures import Batch, Example, Prediction, Sample
 
 
@@ -60,7 +61,7 @@ class Head(nn.Module):
             One prediction per query, sample by sample, in order.
         """
 
-    def converse(self, backbone: Backbone, image: str | Path | Image.Image) -> Any:
+    def converse(self, backbone: Backbone, image: str | Path | Image.Image, refiner: Refiner | None = None) -> Any:
         """Start a conversation about an image.
 
         Raises:
@@ -78,3 +79,16 @@ class Head(nn.Module):
         """Raise ValueError for a protocol this head does not have."""
         if protocol not in self.protocols:
             raise ValueError(f"head '{self.name}' has no protocol '{protocol}'; use one of {', '.join(self.protocols)}")
+
+
+def check_choices(function: Callable[..., Any], **values: Any) -> None:
+    """Refuse values that are not among the `Literal`s of a signature, for callers that no parser checks.
+
+    Raises:
+        ValueError: naming the argument and its choices.
+    """
+    hints = get_type_hints(function)
+    for name, value in values.items():
+        choices = get_args(hints[name])
+        if value not in choices:
+            raise ValueError(f"{name} is '{value}'; use one of {', '.join(map(str, choices))}")

@@ -83,7 +83,7 @@ class Perceiver:
         Raises:
             ValueError: if the head answers single queries only.
         """
-        return self.model.head(head).converse(self.model.backbone, image)
+        return self.model.head(head).converse(self.model.backbone, image, self.refiner)
 
     def predict_many(
         self,

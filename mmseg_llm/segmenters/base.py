@@ -121,7 +121,7 @@ def refine_predictions(refiner: Refiner, predictions: Sequence[Prediction]) -> l
                         f"the image of prediction '{predictions[index].query}' is {mask.size} (height, width) but the "
                         f"prediction was made at {tuple(predictions[index].size)}; give it the image it was made on"
                     )
-                refined[index] = replace(predictions[index], mask=mask, box=mask.box)
+                refined[index] = replace(predictions[index], mask=mask, box=mask.box, exists=mask.area > 0)
     return refined
 
 

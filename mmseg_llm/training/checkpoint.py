@@ -8,6 +8,7 @@ backbone/           architecture, tokenizer and codec, so that the base checkpoi
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,6 +180,15 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
+        if "size mismatch" in str(error):
+            found = re.search(
+                r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)", str(error), re.DOTALL
+            )
+            shapes = f"{found[1]} is {found[2]} there and {found[3]} in the model" if found else "shapes differ"
+            raise ValueError(
+                f"{path} was made with another architecture or vocabulary: {shapes}; build the model from the backbone folder "
+                f"beside it (model.backbone.init_args.source {path.parent / BACKBONE}, weights random)"
+            ) from error
         raise ValueError(
             f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}; copy it from the run again"
         ) from error

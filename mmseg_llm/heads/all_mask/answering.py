@@ -16,7 +16,7 @@ from mmseg_llm.geometry import covers, frame
 from mmseg_llm.heads.all_mask import dialogue
 from mmseg_llm.heads.all_mask.grid import upsample
 from mmseg_llm.heads.all_mask.passes import Trigger
-from mmseg_llm.heads.all_mask.prompts import fill
+from mmseg_llm.heads.all_mask.prompts import SEG, fill
 from mmseg_llm.masks import Mask
 from mmseg_llm.structures import Canvas, Prediction, Sample
 
@@ -112,8 +112,9 @@ def _force(
             stub = fill(head.prompts.answers[0], dialogue.listing(head, queries))
             question = backbone.codec.question(dialogue.question_of(head, queries, None))
             before = backbone.codec.template.before_answer
-            lead = question + backbone.codec.encode(before + (f"{stub} " if stub else "")) + (head.seg_id,)
-            said.append(Said(row, list(part), stub, [Trigger(row, first + branch, lead=lead)]))
+            answer = backbone.codec.encode(before + (f"{stub} " if stub else ""), SEG)
+            trigger = Trigger(row, first + branch, lead=question + answer)
+            said.append(Said(row, list(part), backbone.codec.decode(answer), [trigger]))
     return said
 
 
@@ -142,7 +143,8 @@ def _generate(
                 rng = dialogue.template_draw(head, sample, queries[0])
             asked.append(codec.question(dialogue.question_of(head, queries, rng)))
         prompts.append(asked)
-    ends = (head.no_id,) if is_chat or head.max_masks > 1 else (head.seg_id, head.no_id)
+    most = 1 if protocol == "official" else head.max_masks
+    ends = (head.no_id,) if is_chat or most > 1 else (head.seg_id, head.no_id)
     bound = head.max_chat_tokens if is_chat else head.max_new_tokens
     generated = backbone.generate(prefix, prompts, max_new_tokens=bound, stop=ends, keep=True)
     said: list[Said] = []
@@ -151,7 +153,7 @@ def _generate(
         for branch, part in enumerate(parts):
             ids, places = generated.ids[row][branch], generated.places[row][branch]
             triggers = find_triggers(head, row, generated.first + branch, ids, places)
-            limit = len(triggers) if is_chat else head.max_masks
+            limit = len(triggers) if is_chat else most
             item = Said(row, list(part), codec.decode(ids), triggers[:limit], refused=head.no_id in ids)
             said.append(item)
             slot = next((i for i, index in enumerate(ids) if index in (head.seg_id, head.no_id)), None)
@@ -200,10 +202,15 @@ def finish(
     """
     if masks:
         # a query with several masks is answered by their union
-        values = torch.stack([_binary(logits) for logits in masks]).amax(0)  # (queries, h, w)
+        shown = (
+            1 if head.num_classes == 1 else 1 + len(said.query_ids)
+        )  # classes that nothing was asked of do not compete
+        values = torch.stack([_binary(logits[:shown]) for logits in masks]).amax(0)  # (queries, h, w)
         fine = upsample(values, canvas, upsampling)  # (queries, H, W)
         is_on = fine > 0
-        certainty = (fine.sigmoid() * is_on).sum((1, 2)) / is_on.sum((1, 2)).clamp(min=1)
+        chances = fine.sigmoid()
+        inside = (chances * is_on).sum((1, 2)) / is_on.sum((1, 2)).clamp(min=1)
+        certainty = torch.where(is_on.any(2).any(1), inside, chances.amax((1, 2)))  # of the best pixel where no mask is
         arrays, soft = is_on.to(torch.uint8).cpu().numpy(), values.cpu().numpy()
     out = []
     for i, query_id in enumerate(said.query_ids):
@@ -212,7 +219,7 @@ def finish(
         prediction = Prediction.answering(
             *(sample, query_id, mask),
             text=said.text,
-            score=said.confidence * float(certainty[i]) if is_there else said.confidence,
+            score=said.confidence * (float(certainty[i]) if masks else 1.0),
             exists=is_there,
             mask_logits=soft[i] if masks and covers(canvas) else None,
         )

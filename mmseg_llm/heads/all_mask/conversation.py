@@ -15,6 +15,7 @@ import torch
 from mmseg_llm.geometry import load_image
 from mmseg_llm.heads.all_mask.answering import Said, find_triggers, finish, open_images
 from mmseg_llm.heads.all_mask.passes import Trigger
+from mmseg_llm.segmenters import refine_predictions
 from mmseg_llm.structures import Prediction, Query, Sample
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from mmseg_llm.backbones.base import Backbone
     from mmseg_llm.heads.all_mask.head import AllMaskHead
+    from mmseg_llm.segmenters import Refiner
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,18 @@ class Conversation:
         head: of the model.
         backbone: of the model.
         image: path or image.
+        refiner: sharpens the masks.
     """
 
     @torch.no_grad()
-    def __init__(self, head: AllMaskHead, backbone: Backbone, image: str | Path | Image.Image) -> None:
-        self.head, self.backbone = head, backbone
+    def __init__(
+        self,
+        head: AllMaskHead,
+        backbone: Backbone,
+        image: str | Path | Image.Image,
+        refiner: Refiner | None = None,
+    ) -> None:
+        self.head, self.backbone, self.refiner = head, backbone, refiner
         loaded = load_image(image)
         self.sample = Sample(image=loaded, size=(loaded.height, loaded.width), id="conversation")
         self.prefix, (self.canvas,) = open_images(head, backbone, [self.sample])
@@ -65,15 +74,21 @@ class Conversation:
 
         Args:
             text: what the user says; control tokens in it are plain text.
-            force_segment: skip the words: the answer is `Prompts.stub` and one mask.
+            force_segment: skip the words: the answer is `Prompts.forced` and one mask.
 
         Raises:
-            ValueError: for an empty text.
+            ValueError: for an empty text, or when the language model can take no more.
         """
         if not text.strip():
             raise ValueError("the question is empty; ask for something such as 'segment the red cube'")
         codec = self.backbone.codec
         prompt = self._pending + codec.question(text, is_first=self.turns == 0)
+        needed = int(self.prefix.next_position[0, self.branch]) + len(prompt) + self.dense.shape[1]
+        if codec.context and needed > codec.context:
+            raise ValueError(
+                f"the conversation and a mask would need {needed} positions, the language model takes {codec.context}; "
+                "start a new conversation"
+            )
         self.turns += 1
         if force_segment:
             ids, places = self._stub(prompt)
@@ -90,7 +105,7 @@ class Conversation:
 
     def _stub(self, prompt: tuple[int, ...]) -> tuple[list[int], list[int]]:
         """Give the beginning of an answer instead of generating it; the trigger itself runs with its mask."""
-        codec, words = self.backbone.codec, self.head.prompts.stub
+        codec, words = self.backbone.codec, self.head.prompts.forced()
         stub = codec.encode(codec.template.before_answer + (f"{words} " if words else ""))
         block = torch.full((1, len(prompt) + len(stub)), self.branch, device=self.prefix.positions.device)
         start = self.prefix.length + len(prompt)
@@ -116,4 +131,6 @@ class Conversation:
         rest = codec.decode(ids[start:])
         if rest or not spans:
             spans.append((rest, None))
+        if self.refiner is not None:
+            masks = refine_predictions(self.refiner, masks)
         return Reply(codec.decode(ids), tuple(spans), tuple(masks))

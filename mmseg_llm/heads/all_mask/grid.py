@@ -36,7 +36,9 @@ class MaskGrid:
     position: Literal["sequential", "grid"] = "sequential"
 
     def __post_init__(self) -> None:
-        """Raises: ValueError for a factor below one."""
+        """Raises: ValueError for a factor below one, or an unknown kind of positions."""
+        if self.position not in ("sequential", "grid"):
+            raise ValueError(f"grid position is '{self.position}'; use one of sequential, grid")
         if self.scale < 1 or self.cells < 1:
             raise ValueError(f"grid scale {self.scale} and cells per token {self.cells} must be at least 1")
 

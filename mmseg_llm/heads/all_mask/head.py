@@ -26,7 +26,7 @@ from mmseg_llm.heads.all_mask.labels import LabelRule, cell_labels, check_rule
 from mmseg_llm.heads.all_mask.losses import binary_loss, class_loss
 from mmseg_llm.heads.all_mask.passes import Trigger, mask_pass
 from mmseg_llm.heads.all_mask.prompts import MASK, NO, SEG, YES, Prompts
-from mmseg_llm.heads.base import Head
+from mmseg_llm.heads.base import Head, check_choices
 from mmseg_llm.structures import Batch, Canvas, DenseBlock, Example, Prediction, Sample
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ if TYPE_CHECKING:
     from mmseg_llm.backbones.base import Backbone, VisionFeatures
     from mmseg_llm.backbones.prefix import Prefix
     from mmseg_llm.masks import Size
+    from mmseg_llm.segmenters import Refiner
 
 DEFAULT_GRID = MaskGrid()
+WEIGHTS = {"ce": 1.0, "bce": 0.3, "dice": 0.7}
+"""Of the reference (specification section 3.1)."""
 
 
 class AllMaskHead(Head):
@@ -83,14 +86,25 @@ class AllMaskHead(Head):
     ) -> None:
         super().__init__()
         check_rule(label_rule)
-        if num_classes < 1 or max_masks < 1:
-            raise ValueError(f"num_classes {num_classes} and max_masks {max_masks} must be at least 1")
+        check_choices(AllMaskHead.__init__, label_mode=label_mode, no_target=no_target, upsampling=upsampling,
+                      mask_attention=mask_attention)  # fmt: skip
+        counts = {"num_classes": num_classes, "max_masks": max_masks, "max_queries": max_queries}
+        counts |= {"max_new_tokens": max_new_tokens, "max_chat_tokens": max_chat_tokens}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is {count}; it must be at least 1")
+        if unknown := (weights or {}).keys() - WEIGHTS.keys():
+            raise ValueError(f"unknown loss weights {sorted(unknown)}; the losses are {', '.join(WEIGHTS)}")
+        if no_target == "answer" and num_classes > 1:
+            raise ValueError(
+                "no_target 'answer' needs num_classes 1: several expressions in one turn share its answer; use 'empty_mask'"
+            )
         self.prompts = prompts or Prompts()
         self.num_classes, self.grid = num_classes, grid
         self.label_rule: LabelRule = label_rule
         self.label_mode, self.no_target, self.upsampling = label_mode, no_target, upsampling
         self.is_bidirectional = mask_attention == "bidirectional"
-        self.weights = {"ce": 1.0, "bce": 0.3, "dice": 0.7} | (weights or {})
+        self.weights = WEIGHTS | (weights or {})
         self.max_queries, self.max_masks, self.seed = max_queries, max_masks, seed
         self.max_new_tokens, self.max_chat_tokens = max_new_tokens, max_chat_tokens
         self.classifier: nn.Linear
@@ -124,14 +138,16 @@ class AllMaskHead(Head):
         if sample.size[0] < cells[0] or sample.size[1] < cells[1]:
             raise ValueError(
                 f"image {sample.id} of {sample.size[0]} x {sample.size[1]} pixels (H x W) is too small for a mask grid of "
-                f"{cells[0]} x {cells[1]} cells; enlarge the image, or lower min_pixels of the backbone"
+                f"{cells[0]} x {cells[1]} cells; enlarge the image, or "
+                f"{'lower min_pixels of the backbone' if geometry.is_dynamic else 'use a model with a coarser grid'}"
             )
         rows, columns = self.grid.tokens(geometry.token_grid(size))
-        needed = geometry.num_tokens(size) + rows * columns
+        needed = geometry.num_tokens(size) + rows * columns + self.max_new_tokens
         if codec.context and needed > codec.context:
             raise ValueError(
                 f"image {sample.id} of {sample.size[0]} x {sample.size[1]} pixels (H x W) is too large for the mask grid: it "
-                f"needs {needed} tokens, the language model takes {codec.context}; lower max_pixels of the backbone"
+                f"needs {needed} tokens, the language model takes {codec.context}; "
+                f"{'lower max_pixels of the backbone' if geometry.is_dynamic else 'lower grid.scale of the head'}"
             )
         return stretch(sample.load_image(), size)
 
@@ -197,7 +213,8 @@ class AllMaskHead(Head):
         for (row, start), targets in blocks.items():
             by_grid.setdefault(grids[row], []).append((row, start, targets))
         if not blocks:  # keep the classifier in the graph, so that distributed training does not wait for it
-            zero = 0.0 * (sum(p.sum() for p in self.parameters()) + states.sum())
+            # empty sums: a product with zero would be NaN where half precision overflows
+            zero = sum(p.flatten()[:0].sum() for p in self.parameters()) + states[:, :0].sum().float()
             return {"bce": zero, "dice": zero}
         terms: dict[str, torch.Tensor] = {}
         for grid, found in by_grid.items():
@@ -269,9 +286,11 @@ class AllMaskHead(Head):
         self.check_protocol(protocol)
         return answer_samples(self, backbone, samples, protocol)
 
-    def converse(self, backbone: Backbone, image: str | Path | Image.Image) -> Conversation:
+    def converse(
+        self, backbone: Backbone, image: str | Path | Image.Image, refiner: Refiner | None = None
+    ) -> Conversation:
         """Start a conversation about an image: several turns and masks, one pass of the vision tower."""
-        return Conversation(self, backbone, image)
+        return Conversation(self, backbone, image, refiner)
 
     def metric(self, protocol: str, has_no_target: bool) -> str:
         """The reference's rules under its own protocol."""

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mmseg_llm.backbones.base import Backbone
     from mmseg_llm.backbones.prefix import Prefix
 
-MASKS_PER_PASS = 8
-"""Masks of an image that run together, which bounds memory."""
+TOKENS_PER_PASS = 16384
+"""Mask tokens that run together, over all images and masks of a batch, which bounds memory; at least one mask per image."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ def mask_pass(
     for trigger in dict.fromkeys(triggers):
         by_row.setdefault(trigger.row, []).append(trigger)
     rounds = max((len(found) for found in by_row.values()), default=0)
-    for start in range(0, rounds, MASKS_PER_PASS):
-        part = {row: found[start : start + MASKS_PER_PASS] for row, found in by_row.items()}
+    longest = max((offset.shape[1] for offset in offsets), default=1)
+    size = max(1, TOKENS_PER_PASS // (longest * max(1, len(by_row))))  # masks of an image at a time
+    for start in range(0, rounds, size):
+        part = {row: found[start : start + size] for row, found in by_row.items() if found[start : start + size]}
         mark = prefix.mark()
         plan = _Plan(prefix, part, [offset.shape[1] for offset in offsets])
         states = plan.run(backbone, prefix, token_id, features, offsets, bidirectional)

@@ -25,7 +25,8 @@ class Prompts:
         questions: about one expression.
         answers: what stands before the trigger.
         absent: the answer to an expression that nothing fits, before its `<|no|>`.
-        stub: what stands before the trigger where a mask is forced in a conversation, whose expression nobody knows.
+        stub: what stands before the trigger where a mask is forced in a conversation, whose expression nobody knows; the first
+            of `answers` that has no place for one when None, else a general sentence.
     """
 
     questions: tuple[str, ...] = (
@@ -44,13 +45,21 @@ class Prompts:
         "Of course, {x} is here:",
     )
     absent: str = "Nothing here fits {x}:"
-    stub: str = "Here is the mask:"
+    stub: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises: ValueError if a question lacks the place of its expression."""
+        """Raises: ValueError if a question lacks the place of its expression, or there are no templates."""
+        if not self.questions or not self.answers:
+            raise ValueError("prompts need at least one question and one answer; leave them out for the default ones")
         for question in self.questions:
             if "{x}" not in question:
                 raise ValueError(f"question template '{question}' lacks '{{x}}', the place of the expression")
+
+    def forced(self) -> str:
+        """What stands before a trigger that is forced in a conversation."""
+        if self.stub is not None:
+            return self.stub
+        return next((answer for answer in self.answers if "{x}" not in answer), "Here is the mask:")
 
 
 def split_triggers(text: str) -> list[str]:

@@ -37,8 +37,10 @@ def make_model(backbone=None, **settings) -> PerceptionModel:
         states = model.backbone(batch).states
         centre = states.mean((0, 1))
         model.backbone.lm_head.weight[head.seg_id] = 1.2 * centre / centre.norm()
-        head.classifier.weight.normal_(std=0.2)
-        head.classifier.bias.copy_(-head.classifier(gather(states, batch.dense_positions)).mean((0, 1)))
+        cells = gather(states, batch.dense_positions)  # their largest differences are what the classifier looks at
+        spread = torch.pca_lowrank((cells - cells.mean(1, keepdim=True)).flatten(0, 1), 4, center=False)[2]  # (D, 4)
+        head.classifier.weight.copy_(torch.randn(len(head.classifier.weight), 4) @ spread.T)
+        head.classifier.bias.copy_(-head.classifier(cells).mean((0, 1)) + head.classifier.bias)
     return model
 
 
@@ -191,8 +193,20 @@ def test_sizes_that_do_not_fit_the_grid():
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="unknown label rule 'x'"):
         AllMaskHead(label_rule="x")
-    with pytest.raises(ValueError, match="num_classes 0"):
-        AllMaskHead(num_classes=0)
+    for name, value in (("num_classes", 0), ("max_queries", 0), ("max_new_tokens", 0), ("max_masks", -1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least 1"):
+            AllMaskHead(**{name: value})
+    for name in ("label_mode", "no_target", "upsampling", "mask_attention"):  # a typo must not choose the other value
+        with pytest.raises(ValueError, match=f"{name} is 'bidirectionnal'; use one of "):
+            AllMaskHead(**{name: "bidirectionnal"})
+    with pytest.raises(ValueError, match=r"unknown loss weights \['bcee'\]; the losses are ce, bce, dice"):
+        AllMaskHead(weights={"bcee": 1.0})
+    with pytest.raises(ValueError, match="needs num_classes 1"):
+        AllMaskHead(no_target="answer", num_classes=3)
+    with pytest.raises(ValueError, match="grid position is 'Grid'"):
+        MaskGrid(position="Grid")
+    with pytest.raises(ValueError, match="at least one question and one answer"):
+        Prompts(answers=())
     with pytest.raises(ValueError, match="grid scale 0"):
         MaskGrid(scale=0)
     with pytest.raises(ValueError, match=r"lacks '{x}'"):
@@ -334,7 +348,48 @@ def test_expressions_and_free_questions_in_one_batch():
     assert same(together, [p for sample in samples for p in model.predict([sample])])
     assert all(0 <= p.score <= 1 for p in together)
     forced = model.predict(samples, protocol="force_segment")
-    assert forced[2].text == together[2].text and forced[0].text == "Here:"  # a free question cannot be forced
+    assert forced[2].text == together[2].text and forced[0].text == "Here: <|seg|>"  # a free question cannot be forced
+
+
+def test_scores_say_whether_the_target_is_there():
+    """An empty mask is no confident find: its score is the chance of its best pixel, below one half."""
+    model = make_model()
+    with torch.no_grad():
+        model.head().classifier.bias -= 2.0
+    found = model.predict(scenes(0, 1, 7), protocol="force_segment")
+    there, empty = [p for p in found if p.mask.area], [p for p in found if not p.mask.area]
+    model.head().classifier.bias.data -= 50.0
+    empty += model.predict(scenes(0), protocol="force_segment")
+    assert all(p.score >= 0.5 and p.exists for p in there)
+    assert empty and all(p.score < 0.5 and not p.exists for p in empty)
+
+
+def test_the_official_protocol_takes_the_first_mask():
+    one, many = make_model(), make_model(max_masks=3)
+    first, second = (model.predict(scenes(0, 1), protocol="official") for model in (one, many))
+    assert any(p.mask.area for p in first) and [p.mask for p in first] == [p.mask for p in second]
+
+
+def test_classes_that_nothing_was_asked_of_do_not_compete():
+    model = make_model(num_classes=4)
+    sample = replace(scenes(0)[0], queries=scenes(0)[0].queries[:1])
+    (before,) = model.predict([sample], protocol="force_segment")
+    with torch.no_grad():
+        model.head().classifier.bias[2:] += 100.0
+    (after,) = model.predict([sample], protocol="force_segment")
+    assert before.mask.area and before.mask == after.mask
+
+
+def test_zero_loss_is_zero_in_half_precision():
+    """A batch without masks: sums that overflow must not become NaN, and every parameter takes part."""
+    model = make_model().half()
+    chat = Query(text="What is this?", task="chat", answer="A scene.", id="1")
+    batch = batch_of(model, [replace(scenes(0)[0], queries=(chat,))])
+    states = torch.full((1, batch.ids.shape[1], 128), 60000.0, dtype=torch.float16, requires_grad=True)
+    losses = model.head()._mask_loss(states, batch, [(6, 6)])
+    assert float(losses["bce"].detach()) == float(losses["dice"].detach()) == 0.0
+    losses["dice"].backward()
+    assert model.head().classifier.weight.grad is not None and not states.grad.any()
 
 
 def test_images_of_different_sizes_in_one_batch():
@@ -357,7 +412,7 @@ def test_many_masks_run_in_several_passes(model, monkeypatch):
     sample = scenes(0)[0]
     sample = replace(sample, queries=tuple(replace(q, id=f"{q.id}-{i}") for i in range(3) for q in sample.queries))
     large = model.predict([sample], protocol="force_segment")
-    monkeypatch.setattr(passes, "MASKS_PER_PASS", 3)
+    monkeypatch.setattr(passes, "TOKENS_PER_PASS", 3 * 36)
     assert same(large, model.predict([sample], protocol="force_segment"))
 
 

@@ -11,7 +11,9 @@ from heads.all_mask.test_all_mask import make_model
 from mmseg_llm.backbones.llava import LlavaBackbone
 from mmseg_llm.backbones.qwen_vl import QwenVLBackbone
 from mmseg_llm.heads.all_mask.passes import Trigger
+from mmseg_llm.heads.all_mask.prompts import Prompts
 from mmseg_llm.inference.perceiver import Perceiver
+from mmseg_llm.segmenters import GrabCutRefiner
 
 FAMILIES = {"qwen": QwenVLBackbone, "llava": LlavaBackbone}
 
@@ -86,6 +88,39 @@ def test_spans_name_their_masks(model):
     free = conversation.ask("And what else?")
     assert [index for _, index in free.spans if index is not None] == list(range(len(free.masks)))
     assert "".join(text for text, _ in free.spans).replace(" ", "") == free.text.replace("<|seg|>", "").replace(" ", "")
+
+
+def test_refined_masks(model):
+    """A refiner behind the conversation sees its masks."""
+    image = scenes(0)[0].load_image()
+    logits = Perceiver(model).converse(image).ask("Segment it.", force_segment=True).masks[0].mask_logits
+    with torch.no_grad():  # as many cells on as off
+        model.head().classifier.bias -= float(np.median(logits))
+    plain = Perceiver(model).converse(image).ask("Segment it.", force_segment=True)
+    refined = Perceiver(model, GrabCutRefiner()).converse(image).ask("Segment it.", force_segment=True)
+    expected = GrabCutRefiner().refine(image, torch.from_numpy(plain.masks[0].mask_logits)[None])[0]
+    assert plain.masks[0].mask.area and refined.masks[0].mask == expected
+    assert expected != plain.masks[0].mask
+    assert refined.text == plain.text and refined.spans == plain.spans
+
+
+def test_the_context_of_the_language_model_is_respected(model):
+    conversation = Perceiver(model).converse(scenes(0)[0].load_image())
+    conversation.ask("Segment it.")
+    codec = model.backbone.codec
+    longest, codec.context = codec.context, 120
+    try:
+        with pytest.raises(ValueError, match=r"would need \d+ positions, the language model takes 120; start a new"):
+            for _ in range(9):
+                conversation.ask("And what else is there?", force_segment=True)
+    finally:
+        codec.context = longest
+    assert longest >= 32768
+
+
+def test_forced_words():
+    assert Prompts().forced() == "Here is the mask:" and Prompts(stub="x").forced() == "x"
+    assert Prompts(answers=("The {x}:", "Here:")).forced() == "Here:" and Prompts(answers=("",)).forced() == ""
 
 
 def test_errors(model):
