@@ -23,18 +23,31 @@ def load_image(image: str | Path | Image.Image) -> Image.Image:
     """Open as RGB, fully decoded, without applying EXIF rotation (annotations refer to the stored pixels).
 
     Raises:
-        ValueError: if the file is missing or cannot be decoded.
+        ValueError: if the file is missing or cannot be decoded, or `image` is neither a path nor an image.
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _to_rgb(image)
+    if not isinstance(image, str | Path):
+        raise ValueError(
+            f"an image must be a path or a PIL image, got {type(image).__name__}; wrap an array with PIL.Image.fromarray"
+        )
     path = Path(image)
     try:
         with Image.open(path) as handle:
-            return handle.convert("RGB")
+            return _to_rgb(handle)
     except FileNotFoundError as error:
         raise ValueError(f"image {path} does not exist; check the image folder of the dataset") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {path} is too large to be opened safely ({error}); scale it down first") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"image {path} cannot be decoded ({error}); replace or remove the file") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits; greyscale of 16 bits, which Pillow would clip to white, is scaled."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -148,3 +148,24 @@ def test_box_iou():
     assert (
         box_iou((0, 0, 1, 1), (1, 0, 2, 1)) == box_iou(None, (0, 0, 1, 1)) == box_iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0
     )
+
+
+def test_images_of_every_depth(tmp_path):
+    """16-bit greyscale is scaled, not clipped to white; other modes become RGB."""
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    path = tmp_path / "deep.png"
+    Image.fromarray(ramp).save(path)
+    loaded = np.asarray(load_image(path))
+    assert loaded.shape == (16, 16, 3) and np.abs(loaded[..., 0].ravel().astype(int) - np.arange(256)).max() <= 1
+    for mode in ("L", "P", "1", "RGBA", "CMYK"):
+        assert load_image(Image.new(mode, (4, 3))).mode == "RGB"
+
+
+def test_what_is_no_image(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="must be a path or a PIL image, got ndarray; wrap an array"):
+        load_image(np.zeros((4, 4, 3), np.uint8))
+    path = tmp_path / "large.png"
+    Image.new("L", (400, 400)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="too large to be opened safely"):
+        load_image(path)

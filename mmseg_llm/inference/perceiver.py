@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,7 +51,8 @@ class Perceiver:
         from mmseg_llm.training.checkpoint import load_model
 
         model = load_model(source)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device is None:  # processes that torchrun started each take the GPU of their rank
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         if dtype is not None:
             cast(model, getattr(torch, dtype))
         return cls(model.to(device), refiner)

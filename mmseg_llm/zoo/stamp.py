@@ -119,6 +119,9 @@ def convert_stamp(
 ) -> Path:
     """Write a released STAMP checkpoint as a run folder, for `Perceiver.from_pretrained`, evaluation and further training.
 
+    To train on, take architecture and vocabulary from the folder, too: `--model.backbone.init_args.source OUTPUT/backbone
+    --model.backbone.init_args.weights random --model.initial_weights OUTPUT`.
+
     Args:
         source: see `load_stamp`, as all others.
         output: folder to write.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mmseg_llm.backbones import InternVLBackbone, QwenVLBackbone
 from mmseg_llm.heads import AllMaskHead, MaskDecoderHead
 from mmseg_llm.model import PerceptionModel
-from mmseg_llm.training.checkpoint import find_weights, load_backbone, save_weights
+from mmseg_llm.training.checkpoint import find_weights, load_backbone, load_weights, save_weights
 from mmseg_llm.training.module import Optimization, PerceptionModule
 
 
@@ -69,6 +69,22 @@ def test_another_backbone_is_refused(donor, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"not a file of this kind")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_backbone(model, tmp_path / "bad.safetensors")
+
+
+def test_another_vocabulary_is_named_with_the_way_out(tmp_path):
+    """As when released weights, whose matrices were shrunk, meet the base model they were made from."""
+    backbone = InternVLBackbone()
+    backbone._grow(1024, 1040)  # spare rows, as the base model has them
+    save_weights(PerceptionModel(backbone, {"all_mask": AllMaskHead()}), tmp_path)
+    model = PerceptionModel(InternVLBackbone(), {"all_mask": AllMaskHead()})
+    with pytest.raises(
+        ValueError, match=r"another architecture or vocabulary: .* is \[1040, 128\] there and \[1028, 128\]"
+    ):
+        load_weights(model, find_weights(str(tmp_path)))
+    backbone = InternVLBackbone(str(tmp_path / "backbone"), weights="random")  # what the message says to do
+    again = PerceptionModule(backbone, {"all_mask": AllMaskHead()}, initial_weights=str(tmp_path))
+    stored = load_file(tmp_path / "model.safetensors")["backbone.model.lm_head.weight"]
+    assert torch.equal(again.model.backbone.lm_head.weight, stored)
 
 
 @pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5)])
