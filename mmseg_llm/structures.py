@@ -32,6 +32,7 @@ __all__ = [
     "Box",
     "Camera",
     "Canvas",
+    "Click",
     "DenseBlock",
     "DepthPoint",
     "Example",
@@ -52,6 +53,15 @@ class DepthPoint:
     x: float
     y: float
     metres: float | None = None
+
+
+@dataclass(frozen=True)
+class Click:
+    """A click of an annotator or a policy on a pixel of the original image: on the object, or on what is no part of it."""
+
+    row: int
+    col: int
+    is_positive: bool
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from mmseg_llm.lazy import lazy
 
 if TYPE_CHECKING:
     from mmseg_llm.segmenters.base import RefineError, Refiner, refine_predictions
+    from mmseg_llm.segmenters.environment import Environment, Observation
     from mmseg_llm.segmenters.grabcut import GrabCutRefiner
     from mmseg_llm.segmenters.sam import SamRefiner
     from mmseg_llm.segmenters.sam_engine import SamEngine
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from mmseg_llm.segmenters.sam_transformers import TransformersSamEngine
 
 __all__ = [
+    "Environment",
     "GrabCutRefiner",
+    "Observation",
     "RefineError",
     "Refiner",
     "SamEngine",
@@ -28,7 +31,9 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
+        "Environment": "environment",
         "GrabCutRefiner": "grabcut",
+        "Observation": "environment",
         "RefineError": "base",
         "Refiner": "base",
         "SamEngine": "sam_engine",
