@@ -84,10 +84,14 @@ class Prefix:
     def append(self, block: torch.Tensor) -> torch.Tensor:
         """Register new tokens `block` `(B, M)` (-1 is padding); returns their rotary positions `(B, M)`."""
         count = self.next_position.shape[1]
-        member = torch.nn.functional.one_hot(block.clamp(min=0), count) * (block >= 0)[..., None]  # (B, M, K)
-        rank = (member.cumsum(1) - 1).gather(2, block.clamp(min=0)[..., None])[..., 0]
-        positions = self.next_position.gather(1, block.clamp(min=0)) + rank.clamp(min=0)
-        self.next_position = self.next_position + member.sum(1)
+        kept = torch.where(block >= 0, block, count)  # padding is counted apart
+        counts = block.new_zeros(len(block), count + 1).scatter_add(1, kept, torch.ones_like(block))  # (B, K + 1)
+        order = kept.argsort(dim=1, stable=True)  # block after block, each in the order of its tokens
+        before = (counts.cumsum(1) - counts).gather(1, kept.gather(1, order))
+        rank = torch.arange(block.shape[1], device=block.device) - before
+        rank = torch.empty_like(block).scatter(1, order, rank)  # (B, M) within the block
+        positions = self.next_position.gather(1, block.clamp(min=0)) + rank.masked_fill(block < 0, 0)
+        self.next_position = self.next_position + counts[:, :count]
         self.positions = torch.cat([self.positions, positions], dim=1)
         self.visibility = self.visibility.append(block)
         return positions
