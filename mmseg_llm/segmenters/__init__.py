@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from mmseg_llm.segmenters.environment import Environment, Observation
     from mmseg_llm.segmenters.grabcut import GrabCutRefiner
     from mmseg_llm.segmenters.sam import SamRefiner
+    from mmseg_llm.segmenters.sam_clicks import SamEnvironment
     from mmseg_llm.segmenters.sam_engine import SamEngine
     from mmseg_llm.segmenters.sam_original import SegmentAnythingEngine
     from mmseg_llm.segmenters.sam_transformers import TransformersSamEngine
+    from mmseg_llm.segmenters.simple_click.predictor import SimpleClickEnvironment
 
 __all__ = [
     "Environment",
@@ -22,8 +24,10 @@ __all__ = [
     "RefineError",
     "Refiner",
     "SamEngine",
+    "SamEnvironment",
     "SamRefiner",
     "SegmentAnythingEngine",
+    "SimpleClickEnvironment",
     "TransformersSamEngine",
     "refine_predictions",
 ]
@@ -37,8 +41,10 @@ __getattr__ = lazy(
         "RefineError": "base",
         "Refiner": "base",
         "SamEngine": "sam_engine",
+        "SamEnvironment": "sam_clicks",
         "SamRefiner": "sam",
         "SegmentAnythingEngine": "sam_original",
+        "SimpleClickEnvironment": "simple_click.predictor",
         "TransformersSamEngine": "sam_transformers",
         "refine_predictions": "base",
     },

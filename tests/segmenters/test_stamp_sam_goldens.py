@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from golden_files import generated, golden_files, read_golden, unpack_bits, weights
-from segment_anything.modeling import Sam
+from golden_files import generated, golden_files, read_golden, unpack_bits
 
-from mmseg_llm.segmenters import SamEngine, SegmentAnythingEngine, TransformersSamEngine
 from mmseg_llm.segmenters.prompts import content_size, mask_prompt, sample_points, upsample_logits
 from mmseg_llm.segmenters.sam import cascade, to_original
-from segmenters.tiny_sam import Stub, make_transformers_sam, prompt_and_decoder
+from segmenters.tiny_sam import error_of, golden_engine
 
 pytestmark = pytest.mark.golden
 
@@ -22,12 +19,6 @@ pytestmark = pytest.mark.golden
 def parametrize(pattern: str):
     """One case per golden file, named after it."""
     return pytest.mark.parametrize("path", golden_files(pattern), ids=lambda path: path.stem)
-
-
-def error_of(actual, expected: torch.Tensor) -> float:
-    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
-    assert actual.shape == expected.shape
-    return float((actual - expected).abs().max())
 
 
 @parametrize("stamp_labels_sam*")
@@ -58,26 +49,6 @@ def test_stamp_labels_sam_prompts(path: Path):
         assert torch.equal(points, case["points"]), (j, "points")
         assert torch.equal(labels, case["point_labels"]), (j, "labels")
     print(path.stem, f"largest error of the prompt logits {worst:.1e}")
-
-
-def golden_engine(library: str, meta: dict) -> SamEngine:
-    """The golden's prompt encoder and mask decoder in either library; there is no image encoder."""
-    config, state = meta["config"], weights(meta)
-    side = max(config["resized"])
-    sizes = SimpleNamespace(
-        image_side=side,
-        width=config["embed_dim"],
-        heads=config["heads"],
-        mlp=config["mlp_dim"],
-        iou_hidden=config["iou_head_hidden_dim"],
-        chans=config["mask_in_chans"],
-    )
-    if library == "transformers":
-        return TransformersSamEngine.of(make_transformers_sam(sizes, state))
-    prompt, decoder = prompt_and_decoder(sizes.width, side // 16, sizes.heads, sizes.mlp, sizes.iou_hidden, sizes.chans)
-    sam = Sam(Stub(side), prompt, decoder)
-    sam.load_state_dict(state, strict=True)
-    return SegmentAnythingEngine.of(sam)
 
 
 @pytest.mark.parametrize("library", ["segment_anything", "transformers"])

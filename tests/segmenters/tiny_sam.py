@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from golden_files import weights
 from PIL import Image
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
@@ -170,3 +171,29 @@ def make_engine(kind: str) -> SamEngine:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return TransformersSamEngine.of(make_transformers_sam(sizes, state))
+
+
+def error_of(actual, expected: torch.Tensor) -> float:
+    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
+    assert actual.shape == expected.shape
+    return float((actual - expected).abs().max())
+
+
+def golden_engine(library: str, meta: dict) -> SamEngine:
+    """The golden's prompt encoder and mask decoder in either library; there is no image encoder."""
+    config, state = meta["config"], weights(meta)
+    side = max(config["resized"])
+    sizes = SimpleNamespace(
+        image_side=side,
+        width=config["embed_dim"],
+        heads=config["heads"],
+        mlp=config["mlp_dim"],
+        iou_hidden=config["iou_head_hidden_dim"],
+        chans=config["mask_in_chans"],
+    )
+    if library == "transformers":
+        return TransformersSamEngine.of(make_transformers_sam(sizes, state))
+    prompt, decoder = prompt_and_decoder(sizes.width, side // 16, sizes.heads, sizes.mlp, sizes.iou_hidden, sizes.chans)
+    sam = Sam(Stub(side), prompt, decoder)
+    sam.load_state_dict(state, strict=True)
+    return SegmentAnythingEngine.of(sam)

@@ -1,0 +1,1 @@
+"""SegAgent: a mask refined click by click (arXiv 2503.08625)."""
