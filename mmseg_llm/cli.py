@@ -153,6 +153,49 @@ def data_synthetic(
     print(f"{output}: {report['counts']['images']} images, {report['counts']['expressions']} expressions")
 
 
+def data_trajectories(
+    *,
+    data: Path,
+    environment: Path,
+    output: Path,
+    split: Literal["train", "val", "test"] = "train",
+    max_clicks: int = 20,
+    iou_threshold: float = 0.98,
+    min_gain: float = 0.0,
+    on_low_gain: Literal["break", "discard"] = "break",
+    workers: int = 1,
+    max_samples: int | None = None,
+) -> None:
+    """Let the oracle click on every object of a dataset; goes on where an earlier call was stopped.
+
+    Args:
+        data: data config (configs/data/*.yaml).
+        environment: config of the segmenter that is clicked on (configs/environments/*.yaml).
+        output: JSONL file to write, one trajectory per line.
+        split: which dataset of the data config.
+        max_clicks: most clicks on an object.
+        iou_threshold: a mask of this IoU is good enough.
+        min_gain: what a click must add to the best IoU so far.
+        on_low_gain: whether a click that adds less ends the trajectory or is taken back.
+        workers: processes.
+        max_samples: the first images only.
+    """
+    from mmseg_llm.configuration import read_data
+    from mmseg_llm.data.base import Subset
+    from mmseg_llm.trajectories import Rules, record_dataset
+
+    dataset = read_data(data).dataset(split)
+    if max_samples is not None:
+        dataset = Subset(dataset, max_samples)
+    counts = record_dataset(
+        *(dataset, environment, output), Rules(max_clicks, iou_threshold, min_gain, on_low_gain), workers=workers
+    )
+    print(
+        f"{output}: {counts['objects']} objects (and {counts['present']} before), mean IoU {counts['iou']:.3f} after "
+        f"{counts['clicks']:.1f} clicks; {counts['without_target']} queries without target"
+    )
+
+
 def data_describe(*, data: Path) -> None:
     """Count what a data config offers, and what it skips.
 
@@ -247,14 +290,14 @@ def train(arguments: Sequence[str]) -> None:
 
 
 GROUPS = {
-    "data": "Make and inspect datasets: synthetic, describe.",
+    "data": "Make and inspect datasets: synthetic, describe, trajectories.",
     "convert": "Read released checkpoints of the reference codes: stamp.",
 }
 VERBS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "evaluate": evaluate,
     "score": score,
     "predict": predict,
-    "data": {"synthetic": data_synthetic, "describe": data_describe},
+    "data": {"synthetic": data_synthetic, "describe": data_describe, "trajectories": data_trajectories},
     "convert": {"stamp": convert_stamp},
     "bench": bench,
     "doctor": doctor,

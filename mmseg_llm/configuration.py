@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmseg_llm.segmenters.base import Refiner
+    from mmseg_llm.segmenters.environment import Environment
     from mmseg_llm.training.data import PerceptionDataModule
 
 
@@ -51,3 +52,10 @@ def read_refiner(path: Path) -> Refiner:
     from mmseg_llm.segmenters.base import Refiner
 
     return read_part(path, "refiner", "configs/segmenters/grabcut.yaml", Refiner, is_subclass=True)
+
+
+def read_environment(path: Path) -> Environment:
+    """A click environment config (`configs/environments/*.yaml`); see `read_part`."""
+    from mmseg_llm.segmenters.environment import Environment
+
+    return read_part(path, "environment", "configs/environments/grabcut.yaml", Environment, is_subclass=True)

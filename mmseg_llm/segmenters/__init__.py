@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mmseg_llm.segmenters.base import RefineError, Refiner, refine_predictions
     from mmseg_llm.segmenters.environment import Environment, Observation
     from mmseg_llm.segmenters.grabcut import GrabCutRefiner
+    from mmseg_llm.segmenters.grabcut_clicks import GrabCutEnvironment
     from mmseg_llm.segmenters.sam import SamRefiner
     from mmseg_llm.segmenters.sam_clicks import SamEnvironment
     from mmseg_llm.segmenters.sam_engine import SamEngine
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Environment",
+    "GrabCutEnvironment",
     "GrabCutRefiner",
     "Observation",
     "RefineError",
@@ -36,6 +38,7 @@ __getattr__ = lazy(
     __name__,
     {
         "Environment": "environment",
+        "GrabCutEnvironment": "grabcut_clicks",
         "GrabCutRefiner": "grabcut",
         "Observation": "environment",
         "RefineError": "base",
