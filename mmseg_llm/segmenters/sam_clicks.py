@@ -22,8 +22,7 @@ from mmseg_llm.segmenters.environment import Environment, Observation, check_cli
 from mmseg_llm.segmenters.prompts import content_size, mask_prompt
 from mmseg_llm.segmenters.sam import make_engine, to_original
 from mmseg_llm.segmenters.sam_engine import SamEngine
-from mmseg_llm.segmenters.sam_original import CHECKPOINTS, SegmentAnythingEngine
-from mmseg_llm.segmenters.sam_transformers import SAM2_LOGIT_LIMIT, TransformersSamEngine
+from mmseg_llm.segmenters.sam_original import CHECKPOINTS
 from mmseg_llm.structures import Click
 
 if TYPE_CHECKING:
@@ -191,7 +190,9 @@ class SamEnvironment(Environment):
         if first.logits is not None and self.feed_back:
             masks = first.logits.expand(len(states), -1, -1)
         is_multimask = self.multimask == "always" or (len(first.clicks) == 1 and boxes is None and masks is None)
-        logits, scores = decode_candidates(self.engine, self._embedded[1], points, labels, boxes, masks, is_multimask)
+        logits, scores = self.engine.decode_candidates(
+            self._embedded[1], points=points, labels=labels, boxes=boxes, masks=masks, is_multimask=is_multimask
+        )
         if not bool(torch.isfinite(logits).all()):  # would pass for an empty mask
             raise RefineError("SAM returned values that are not finite; check its checkpoint")
         best = scores.argmax(1)
@@ -207,63 +208,3 @@ class SamEnvironment(Environment):
         assert self._size is not None
         full = to_original(logits[None], self.engine, self._size)[0]  # (H, W)
         return Observation((full > 0).cpu().numpy(), full.sigmoid().cpu().numpy(), score, state.clicks)
-
-
-def decode_candidates(
-    engine: SamEngine,
-    embedding: Any,
-    points: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    boxes: torch.Tensor | None,
-    masks: torch.Tensor | None,
-    is_multimask: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass of prompt encoder and mask decoder with any mixture of prompts; at least points or boxes are given.
-
-    Args:
-        engine: either library.
-        embedding: of the image, by `engine.embed`.
-        points: float `(B, P, 2)` as (x, y) in pixels of the square.
-        labels: int `(B, P)`, 1 foreground and 0 background.
-        boxes: float `(B, 4)` as (x1, y1, x2, y2) in pixels of the square.
-        masks: float `(B, s, s)` logits.
-        is_multimask: whether M is 3 or 1.
-
-    Returns:
-        Logits `(B, M, s, s)` and predicted IoU `(B, M)`.
-
-    Raises:
-        ValueError: for an engine of another kind.
-    """
-    if isinstance(engine, SegmentAnythingEngine):
-        prompt_encoder = engine.module.prompt_encoder
-        sparse, dense = prompt_encoder(
-            points=None if points is None else (points, labels),
-            boxes=boxes,
-            masks=None if masks is None else masks[:, None],
-        )
-        return engine.module.mask_decoder(
-            image_embeddings=embedding,
-            image_pe=prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=is_multimask,
-        )
-    if isinstance(engine, TransformersSamEngine):
-        asked = points if points is not None else boxes
-        assert asked is not None
-        maps = [features.expand(len(asked), -1, -1, -1) for features in embedding]  # a mask prompt belongs to an image
-        if masks is not None and engine.is_stretched:
-            masks = masks.clamp(-SAM2_LOGIT_LIMIT, SAM2_LOGIT_LIMIT)
-        output = engine.module(
-            image_embeddings=maps if engine.is_stretched else maps[0],
-            input_points=None if points is None else points[:, None],  # (B, 1, P, 2)
-            input_labels=None if labels is None else labels[:, None],
-            input_boxes=None if boxes is None else boxes[:, None],
-            input_masks=None if masks is None else masks[:, None],
-            multimask_output=is_multimask,
-        )
-        return output.pred_masks[:, 0], output.iou_scores[:, 0]
-    raise ValueError(
-        f"{type(engine).__name__} decodes no candidates; use SegmentAnythingEngine or TransformersSamEngine"
-    )

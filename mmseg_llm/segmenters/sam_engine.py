@@ -1,6 +1,6 @@
 """SamEngine: what `SamRefiner` needs of a Segment Anything network, whichever library runs it.
 
-Legend: B prompts of one image, P points, S side of the square the image encoder sees, s side of the mask prompt.
+Legend: B prompts of one image, P points, M candidate masks, S side of the square the image encoder sees, s side of its logits.
 """
 
 from __future__ import annotations
@@ -76,20 +76,38 @@ class SamEngine(ABC):
         """Run the image encoder; the result is only for `decode`."""
 
     @abstractmethod
-    def decode(
-        self, embedding: Any, points: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor
+    def decode_candidates(
+        self,
+        embedding: Any,
+        *,
+        points: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        masks: torch.Tensor | None,
+        is_multimask: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass of prompt encoder and mask decoder, a single mask per prompt.
+        """One pass of prompt encoder and mask decoder with any mixture of prompts; at least points or boxes are given.
 
         Args:
             embedding: of the image.
             points: float `(B, P, 2)` as (x, y) in pixels of the square.
             labels: int `(B, P)`, 1 foreground and 0 background.
-            masks: float `(B, s, s)` logits: a mask prompt, or the result of the pass before.
+            boxes: float `(B, 4)` as (x1, y1, x2, y2) in pixels of the square.
+            masks: float `(B, s, s)` logits: mask prompts, or the result of the pass before.
+            is_multimask: whether M is 3 or 1.
 
         Returns:
-            Logits `(B, s, s)` and predicted IoU `(B,)`.
+            Logits `(B, M, s, s)` and predicted IoU `(B, M)`.
         """
+
+    def decode(
+        self, embedding: Any, points: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A single mask for each prompt of points and mask: logits `(B, s, s)` and predicted IoU `(B,)`."""
+        logits, scores = self.decode_candidates(
+            embedding, points=points, labels=labels, boxes=None, masks=masks, is_multimask=False
+        )
+        return logits[:, 0], scores[:, 0]
 
 
 def summary(error: Exception) -> str:

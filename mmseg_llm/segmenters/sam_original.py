@@ -79,16 +79,27 @@ class SegmentAnythingEngine(SamEngine):
         """Image embedding `(1, C, S / 16, S / 16)`."""
         return self.module.image_encoder(self.pixels(image))
 
-    def decode(
-        self, embedding: Any, points: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor
+    def decode_candidates(
+        self,
+        embedding: Any,
+        *,
+        points: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        masks: torch.Tensor | None,
+        is_multimask: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `SamEngine.decode`."""
-        sparse, dense = self.module.prompt_encoder(points=(points, labels), boxes=None, masks=masks[:, None])
-        logits, scores = self.module.mask_decoder(
+        """See `SamEngine.decode_candidates`."""
+        prompt_encoder = self.module.prompt_encoder
+        sparse, dense = prompt_encoder(
+            points=None if points is None else (points, labels),
+            boxes=boxes,
+            masks=None if masks is None else masks[:, None],
+        )
+        return self.module.mask_decoder(
             image_embeddings=embedding,
-            image_pe=self.module.prompt_encoder.get_dense_pe(),
+            image_pe=prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )  # (B, 1, s, s), (B, 1)
-        return logits[:, 0], scores[:, 0]
+            multimask_output=is_multimask,
+        )

@@ -83,18 +83,28 @@ class TransformersSamEngine(SamEngine):
         features = self.module.get_image_embeddings(self.pixels(image))
         return list(features) if self.is_stretched else [features]
 
-    def decode(
-        self, embedding: Any, points: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor
+    def decode_candidates(
+        self,
+        embedding: Any,
+        *,
+        points: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        masks: torch.Tensor | None,
+        is_multimask: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `SamEngine.decode`. Each prompt is a row: both models add a mask prompt per image, not per prompt."""
-        maps = [features.expand(len(points), -1, -1, -1) for features in embedding]
-        if self.is_stretched:
+        """See `SamEngine.decode_candidates`. Each prompt is a row: both models add a mask prompt per image, not per prompt."""
+        asked = points if points is not None else boxes
+        assert asked is not None
+        maps = [features.expand(len(asked), -1, -1, -1) for features in embedding]
+        if masks is not None and self.is_stretched:
             masks = masks.clamp(-SAM2_LOGIT_LIMIT, SAM2_LOGIT_LIMIT)
         output = self.module(
             image_embeddings=maps if self.is_stretched else maps[0],
-            input_points=points[:, None],  # (B, 1, P, 2)
-            input_labels=labels[:, None],
-            input_masks=masks[:, None],
-            multimask_output=False,
+            input_points=None if points is None else points[:, None],  # (B, 1, P, 2)
+            input_labels=None if labels is None else labels[:, None],
+            input_boxes=None if boxes is None else boxes[:, None],
+            input_masks=None if masks is None else masks[:, None],
+            multimask_output=is_multimask,
         )
-        return output.pred_masks[:, 0, 0], output.iou_scores[:, 0, 0]
+        return output.pred_masks[:, 0], output.iou_scores[:, 0]

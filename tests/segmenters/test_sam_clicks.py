@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mmseg_llm.segmenters import Environment, RefineError, SamEngine
-from mmseg_llm.segmenters import sam_clicks as module
-from mmseg_llm.segmenters.sam_clicks import SamEnvironment, decode_candidates
+from mmseg_llm.segmenters.sam_clicks import SamEnvironment
+from mmseg_llm.segmenters.sam_original import SegmentAnythingEngine
+from mmseg_llm.segmenters.sam_transformers import TransformersSamEngine
 from mmseg_llm.structures import Click
 from segmenters.tiny_sam import make_engine, make_image
 
@@ -36,12 +37,14 @@ def equal(first, second, tolerance: float = 0.0) -> bool:
 def record(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """What every decoder call from here on was asked."""
     calls = []
+    for kind in (SegmentAnythingEngine, TransformersSamEngine):
+        decode = kind.decode_candidates
 
-    def recording(engine, embedding, points, labels, boxes, masks, is_multimask):
-        calls.append({"points": points, "labels": labels, "boxes": boxes, "masks": masks, "is_multimask": is_multimask})
-        return decode_candidates(engine, embedding, points, labels, boxes, masks, is_multimask)
+        def recording(engine, embedding, decode=decode, **asked):
+            calls.append(asked)
+            return decode(engine, embedding, **asked)
 
-    monkeypatch.setattr(module, "decode_candidates", recording)
+        monkeypatch.setattr(kind, "decode_candidates", recording)
     return calls
 
 
@@ -172,7 +175,8 @@ def test_the_best_candidate_is_kept(monkeypatch: pytest.MonkeyPatch):
     environment = make_environment("segment_anything")
     side = environment.engine.mask_side
     logits = torch.stack([torch.full((side, side), value) for value in (-1.0, 1.0, -2.0)])[None]
-    monkeypatch.setattr(module, "decode_candidates", lambda *args: (logits, torch.tensor([[0.1, 0.9, 0.5]])))
+    found = (logits, torch.tensor([[0.1, 0.9, 0.5]]))
+    monkeypatch.setattr(environment.engine, "decode_candidates", lambda *args, **asked: found)
     environment.reset(make_image())
     observation = environment.step(CLICKS[0])
     assert observation.mask.all() and observation.score == pytest.approx(0.9)
@@ -235,7 +239,7 @@ def test_values_that_are_not_finite_are_no_empty_mask(monkeypatch: pytest.Monkey
     environment = make_environment("segment_anything")
     environment.reset(make_image())
     nothing = (torch.full((1, 3, 32, 32), float("nan")), torch.zeros((1, 3)))
-    monkeypatch.setattr(module, "decode_candidates", lambda *args: nothing)
+    monkeypatch.setattr(environment.engine, "decode_candidates", lambda *args, **asked: nothing)
     before = environment.snapshot()
     with pytest.raises(RefineError, match="not finite"):
         environment.step(CLICKS[0])

@@ -10,7 +10,6 @@ from golden_files import generated, golden_files, read_golden, unpack_bits
 from PIL import Image
 
 from mmseg_llm.segmenters import SamEngine
-from mmseg_llm.segmenters import sam_clicks as module
 from mmseg_llm.segmenters.sam_clicks import SamEnvironment
 from mmseg_llm.structures import Click
 from segmenters.tiny_sam import error_of, golden_engine
@@ -20,17 +19,17 @@ pytestmark = pytest.mark.golden
 DIFFERENT_PIXELS = 5e-4
 
 
-def record(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+def record(monkeypatch: pytest.MonkeyPatch, engine: SamEngine) -> list[torch.Tensor]:
     """The scores of all candidates of every decoder call from here on."""
     scores = []
-    decode = module.decode_candidates
+    decode = engine.decode_candidates
 
-    def recording(*args):
-        result = decode(*args)
+    def recording(*args, **asked):
+        result = decode(*args, **asked)
         scores.append(result[1])
         return result
 
-    monkeypatch.setattr(module, "decode_candidates", recording)
+    monkeypatch.setattr(engine, "decode_candidates", recording)
     return scores
 
 
@@ -47,7 +46,7 @@ def make_environment(engine: SamEngine, library: str, meta: dict) -> tuple[SamEn
 def test_segagent_sam(path: Path, library: str, monkeypatch: pytest.MonkeyPatch):
     tensors, meta = read_golden(path)
     environment, image = make_environment(golden_engine(library, meta), library, meta)
-    scores = record(monkeypatch)
+    scores = record(monkeypatch, environment.engine)
     errors, different = {"low_res": 0.0, "iou": 0.0}, 0.0
 
     def check(name: str):
