@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mmseg_llm.clicks import Click, NextClick, PolicyStep
 from mmseg_llm.masks import Box, Mask, Size
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ __all__ = [
     "DepthPoint",
     "Example",
     "Mask",
+    "NextClick",
+    "PolicyStep",
     "Prediction",
     "Query",
     "Sample",
@@ -56,15 +59,6 @@ class DepthPoint:
 
 
 @dataclass(frozen=True)
-class Click:
-    """A click of an annotator or a policy on a pixel of the original image: on the object, or on what is no part of it."""
-
-    row: int
-    col: int
-    is_positive: bool
-
-
-@dataclass(frozen=True)
 class Query:
     """One thing asked about an image, with its optional answer.
 
@@ -78,6 +72,8 @@ class Query:
         task: `segment`, `depth`, `chat`, ...
         answer: target text of free-form tasks.
         history: earlier turns of the conversation, as (question, answer) pairs.
+        start: the mask so far, of whatever source, that a click policy goes on from; None starts with an empty one.
+        next_click: label of the mask so far.
     """
 
     text: str
@@ -88,6 +84,8 @@ class Query:
     task: str = "segment"
     answer: str | None = None
     history: tuple[tuple[str, str], ...] = ()
+    start: Mask | None = None
+    next_click: NextClick | None = None
 
     @property
     def is_no_target(self) -> bool:
@@ -340,7 +338,8 @@ class Prediction:
         depth: metres, for depth queries.
         mask_logits: float32 `(h, w)` soft mask over the whole image at the head's own resolution, for refiners and uncertainty;
             not serialised.
-        trajectory: clicks and masks, for click policies.
+        trajectory: of a click policy: the mask it started from, then one step per click.
+        stop: why a click policy stopped (`heads.click_policy.episodes.Ending`); empty for other heads.
         image: the original image, for `show` and `save`; not serialised.
     """
 
@@ -354,7 +353,8 @@ class Prediction:
     score: float = 0.0
     exists: bool = True
     depth: float | None = None
-    trajectory: tuple[Any, ...] = ()
+    trajectory: tuple[PolicyStep, ...] = ()
+    stop: str = ""
     mask_logits: np.ndarray | None = field(default=None, repr=False, compare=False)
     image: str | Path | Image.Image | None = field(default=None, repr=False, compare=False)
 
@@ -391,6 +391,8 @@ class Prediction:
             "size": list(self.size),
             "mask": self.mask.to_coco() if self.mask else None,
             "depth": self.depth,
+            **({"trajectory": [step.to_json() for step in self.trajectory]} if self.trajectory else {}),
+            **({"stop": self.stop} if self.stop else {}),
         }
 
     @classmethod
@@ -414,6 +416,8 @@ class Prediction:
                 score=record["score"],
                 exists=record["exists"],
                 depth=record.get("depth"),
+                trajectory=tuple(PolicyStep.from_json(step, size) for step in record.get("trajectory", ())),
+                stop=record.get("stop", ""),
             )
         except KeyError as error:
             raise ValueError(f"prediction record lacks the field {error}; write it with Prediction.to_json") from error

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmseg_llm.segmenters.recorder import LowGain, Trajectory, read_trajectories, record
+from mmseg_llm.clicks import Trajectory, read_trajectories
+from mmseg_llm.segmenters.recorder import LowGain, record
 
 if TYPE_CHECKING:
     from mmseg_llm.data.base import SampleDataset

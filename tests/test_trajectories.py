@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from mmseg_llm.cli import main
+from mmseg_llm.clicks import read_trajectories
 from mmseg_llm.data.base import SampleDataset
 from mmseg_llm.data.synthetic import make_scene
 from mmseg_llm.masks import Mask
-from mmseg_llm.segmenters.recorder import read_trajectories
 from mmseg_llm.structures import Query, Sample
 from mmseg_llm.trajectories import Rules, objects, record_dataset
 

@@ -13,20 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmseg_llm.clicks import ClickStep, Trajectory, read_trajectories, write_trajectories
+from mmseg_llm.data.segagent import from_official, read_official, to_official, write_official
 from mmseg_llm.masks import Mask
 from mmseg_llm.segmenters.environment import Environment, Observation
 from mmseg_llm.segmenters.fakes import DisksEnvironment, SoftEnvironment, TargetDisksEnvironment
-from mmseg_llm.segmenters.recorder import (
-    Trajectory,
-    TrajectoryStep,
-    from_official,
-    read_official,
-    read_trajectories,
-    record,
-    to_official,
-    write_official,
-    write_trajectories,
-)
+from mmseg_llm.segmenters.recorder import record
 from mmseg_llm.structures import Click
 
 TRAJECTORIES = golden_files("segagent_trajectories*")
@@ -246,7 +238,7 @@ def test_files(tmp_path):
 
 
 def test_malformed_files_say_where(tmp_path):
-    trajectory = Trajectory(Mask.from_array(TARGET), (TrajectoryStep(Click(4, 5, True), Mask.from_array(TARGET), 1.0),))
+    trajectory = Trajectory(Mask.from_array(TARGET), (ClickStep(Click(4, 5, True), Mask.from_array(TARGET), 1.0),))
     path = tmp_path / "file"
     for change, words in (
         ({"steps": None}, "field 'steps'"),
