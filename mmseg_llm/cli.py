@@ -163,6 +163,7 @@ def data_trajectories(
     iou_threshold: float = 0.98,
     min_gain: float = 0.0,
     on_low_gain: Literal["break", "discard"] = "break",
+    random_starts: int = 0,
     workers: int = 1,
     max_samples: int | None = None,
 ) -> None:
@@ -177,6 +178,7 @@ def data_trajectories(
         iou_threshold: a mask of this IoU is good enough.
         min_gain: what a click must add to the best IoU so far.
         on_low_gain: whether a click that adds less ends the trajectory or is taken back.
+        random_starts: trajectories per object that go on from random clicks, instead of the one from an empty mask.
         workers: processes.
         max_samples: the first images only.
     """
@@ -188,7 +190,7 @@ def data_trajectories(
     if max_samples is not None:
         dataset = Subset(dataset, max_samples)
     counts = record_dataset(
-        *(dataset, environment, output), Rules(max_clicks, iou_threshold, min_gain, on_low_gain), workers=workers
+        *(dataset, environment, output), Rules(max_clicks, iou_threshold, min_gain, on_low_gain, random_starts), workers=workers
     )
     print(
         f"{output}: {counts['objects']} objects (and {counts['present']} before), mean IoU {counts['iou']:.3f} after "

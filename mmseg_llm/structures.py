@@ -74,6 +74,8 @@ class Query:
         history: earlier turns of the conversation, as (question, answer) pairs.
         start: the mask so far, of whatever source, that a click policy goes on from; None starts with an empty one.
         next_click: label of the mask so far.
+        ignore: pixels that no score and no annotator counts, such as an uncertain border; None counts all. Only
+            interactive protocols have such pixels.
     """
 
     text: str
@@ -86,6 +88,7 @@ class Query:
     history: tuple[tuple[str, str], ...] = ()
     start: Mask | None = None
     next_click: NextClick | None = None
+    ignore: Mask | None = None
 
     @property
     def is_no_target(self) -> bool:
@@ -449,10 +452,10 @@ class Prediction:
         return draw_predictions(self.image, [self])
 
     def save(self, path: str | Path) -> Path:
-        """Write to `path` by its suffix: `.json` the record, `.png` of the mask (0/255), `.jpg` the overlay.
+        """Write to `path` by its suffix: `.json` record, `.png` mask (0/255), `.jpg` overlay, `.gif` clicks as animation.
 
         Raises:
-            ValueError: for another suffix, or an overlay without image.
+            ValueError: for another suffix, a picture without image, or an animation without trajectory.
         """
         from PIL import Image
 
@@ -464,8 +467,14 @@ class Prediction:
             Image.fromarray(self.answer_mask.array.astype(np.uint8) * 255).save(path)
         elif path.suffix in {".jpg", ".jpeg"}:
             self.show().save(path, quality=92)
+        elif path.suffix == ".gif":
+            from mmseg_llm.inference.episodes import save_animation
+
+            save_animation(self, path)
         else:
-            raise ValueError(f"cannot save a prediction as '{path.suffix}'; use .json, .png (mask) or .jpg (overlay)")
+            raise ValueError(
+                f"cannot save a prediction as '{path.suffix}'; use .json, .png (mask), .jpg (overlay) or .gif (clicks)"
+            )
         return path
 
 

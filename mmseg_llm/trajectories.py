@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,8 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmseg_llm.clicks import Trajectory, read_trajectories
+import numpy as np
+
+from mmseg_llm.clicks import Click, Trajectory, read_trajectories
 from mmseg_llm.segmenters.recorder import LowGain, record
+from mmseg_llm.segmenters.starts import random_start
 
 if TYPE_CHECKING:
     from mmseg_llm.data.base import SampleDataset
@@ -25,12 +29,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rules:
-    """When a trajectory ends; see `recorder.record`."""
+    """When a trajectory ends, see `recorder.record`, and where it starts.
+
+    Attributes:
+        max_clicks, iou_threshold, min_gain, on_low_gain: of `record`.
+        random_starts: trajectories per object that go on from random clicks (`starts.random_start`) in place of the one from
+            an empty mask; 0 records that one.
+        seed: of the random clicks.
+    """
 
     max_clicks: int = 20
     iou_threshold: float = 0.98
     min_gain: float = 0.0
     on_low_gain: LowGain = "break"
+    random_starts: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError for a negative number of starts."""
+        if self.random_starts < 0:
+            raise ValueError(f"random_starts is {self.random_starts}; it must not be negative")
 
 
 def objects(sample: Sample) -> list[tuple[int, tuple[str, ...]]]:
@@ -47,13 +65,29 @@ def objects(sample: Sample) -> list[tuple[int, tuple[str, ...]]]:
 
 
 def record_sample(sample: Sample, environment: Environment, rules: Rules) -> list[Trajectory]:
-    """One trajectory for each object of a sample."""
+    """The trajectories of each object of a sample, object by object."""
     image = sample.load_image()
     recorded = []
     for index, texts in objects(sample):
         query = sample.queries[index]
-        trajectory = record(environment, image, query.target(sample.size), **vars(rules))
-        recorded.append(replace(trajectory, image=sample.id, object_id=query.id or str(index), caption=texts))
+        target = query.target(sample.size)
+        for number in range(rules.random_starts or 1):
+            given: list[Click] = []
+            if rules.random_starts:
+                draw = zlib.crc32(f"{sample.id}\n{query.id or index}".encode())
+                given = random_start(target, np.random.default_rng([rules.seed, draw, number]))
+            trajectory = record(
+                environment,
+                image,
+                target,
+                max_clicks=rules.max_clicks,
+                iou_threshold=rules.iou_threshold,
+                min_gain=rules.min_gain,
+                on_low_gain=rules.on_low_gain,
+                given=given,
+                keep_clearing=bool(given),
+            )
+            recorded.append(replace(trajectory, image=sample.id, object_id=query.id or str(index), caption=texts))
     return recorded
 
 
@@ -85,7 +119,7 @@ def record_dataset(
     done: dict[str, int] = {}
     for trajectory in present:
         done[str(trajectory.image)] = done.get(str(trajectory.image), 0) + 1
-    indices = [index for index in range(len(dataset)) if not done or _is_open(dataset, index, done)]
+    indices = [index for index in range(len(dataset)) if not done or _is_open(dataset, index, done, rules.random_starts or 1)]
     counts = {"objects": 0, "present": len(present), "without_target": 0, "iou": 0.0, "clicks": 0.0}
     with output.open("a", encoding="utf-8") as file:
         for index, lines in track(
@@ -118,10 +152,11 @@ def _present(output: Path) -> list[Trajectory]:
     return list(read_trajectories(output))
 
 
-def _is_open(dataset: SampleDataset, index: int, done: dict[str, int]) -> bool:
+def _is_open(dataset: SampleDataset, index: int, done: dict[str, int], per_object: int) -> bool:
     """Whether a sample has objects that are not written yet."""
     sample = dataset[index]
-    return done.get(sample.id, 0) < len(objects(sample)) or not objects(sample)
+    count = len(objects(sample)) * per_object
+    return done.get(sample.id, 0) < count or not count
 
 
 _STATE: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from torch import nn
 
 from mmseg_llm.backbones.adapters import Lora, Trainable, add_lora, add_trainable_rows, set_trainable
 from mmseg_llm.backbones.features import VisionFeatures, gather, scatter
-from mmseg_llm.backbones.generation import Constraint, Generated, generate
+from mmseg_llm.backbones.generation import DEFAULT_SAMPLING, Constraint, Generated, Sampling, generate
 from mmseg_llm.backbones.prefix import Prefix
 from mmseg_llm.backbones.visibility import VISION_ATTENTION, Visibility, check_attention
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mmseg_llm.masks import Size
     from mmseg_llm.structures import Batch
 
-__all__ = ["Backbone", "Constraint", "Generated", "LanguageStates", "VisionFeatures", "gather"]
+__all__ = ["Backbone", "Constraint", "Generated", "LanguageStates", "Sampling", "VisionFeatures", "gather"]
 
 
 @dataclass(frozen=True)
@@ -324,20 +324,24 @@ class Backbone(nn.Module):
         *,
         max_new_tokens: int = 32,
         stop: Sequence[int] = (),
-        constraint: Constraint | None = None,
+        constraints: Sequence[Sequence[Constraint]] | None = None,
         keep: bool = False,
         first: int | None = None,
+        seeds: Sequence[Sequence[int | None]] | None = None,
+        sampling: Sampling = DEFAULT_SAMPLING,
     ) -> Generated:
-        """Greedy decoding of all branches of all images at once.
+        """Decode all branches of all images at once, greedily unless they have seeds.
 
         Args:
             prefix: B rows; rolled back to its present length at the end unless the branches are kept.
             suffixes: `suffixes[row][branch]` prompt ids of each branch, none of them empty.
             max_new_tokens: bound per branch.
             stop: ids that end a branch beside the end of the turn.
-            constraint: maps logits `(n, vocabulary)` and the ids so far of those n branches to changed logits.
+            constraints: `constraints[row][branch]`: which answers are possible; what has no alternative costs no step.
             keep: leave the branches in the prefix, for what hangs off them or continues them.
             first: block of the first branch where kept branches go on; new ones are opened when None.
+            seeds: `seeds[row][branch]`: None for a greedy branch; a sampled one says the same whatever is decoded beside it.
+            sampling: of branches with a seed.
         """
         return generate(
             self,
@@ -345,7 +349,9 @@ class Backbone(nn.Module):
             suffixes,
             max_new_tokens=max_new_tokens,
             stop=stop,
-            constraint=constraint,
+            constraints=constraints,
             keep=keep,
             first=first,
+            seeds=seeds,
+            sampling=sampling,
         )

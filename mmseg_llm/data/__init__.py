@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from mmseg_llm.data.coco import CocoIndex, CocoInstances
     from mmseg_llm.data.concat import Concat
     from mmseg_llm.data.dialogue import DialogueDataset
+    from mmseg_llm.data.interactive import InteractiveDataset
     from mmseg_llm.data.refer import ReferDataset
+    from mmseg_llm.data.trajectories import TrajectoryDataset
     from mmseg_llm.data.unpickle import load_plain_pickle
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "CocoInstances",
     "Concat",
     "DialogueDataset",
+    "InteractiveDataset",
     "ReferDataset",
     "SampleDataset",
+    "TrajectoryDataset",
     "load_plain_pickle",
 ]
 
@@ -31,8 +35,10 @@ __getattr__ = lazy(
         "CocoInstances": "coco",
         "Concat": "concat",
         "DialogueDataset": "dialogue",
+        "InteractiveDataset": "interactive",
         "ReferDataset": "refer",
         "SampleDataset": "base",
+        "TrajectoryDataset": "trajectories",
         "load_plain_pickle": "unpickle",
     },
 )

@@ -9,14 +9,16 @@ from mmseg_llm.lazy import lazy
 if TYPE_CHECKING:
     from mmseg_llm.heads.all_mask.head import AllMaskHead
     from mmseg_llm.heads.base import Head
+    from mmseg_llm.heads.click_policy.head import ClickPolicyHead
     from mmseg_llm.heads.mask_decoder.head import MaskDecoderHead
 
-__all__ = ["AllMaskHead", "Head", "MaskDecoderHead"]
+__all__ = ["AllMaskHead", "ClickPolicyHead", "Head", "MaskDecoderHead"]
 
 __getattr__ = lazy(
     __name__,
     {
         "AllMaskHead": "all_mask.head",
+        "ClickPolicyHead": "click_policy.head",
         "Head": "base",
         "MaskDecoderHead": "mask_decoder.head",
     },

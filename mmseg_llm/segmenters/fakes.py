@@ -8,12 +8,13 @@ Legend: H W pixels.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmseg_llm.segmenters.environment import Environment, Observation, check_click
+from mmseg_llm.segmenters.environment import Encoded, LockStepEnvironment, Observation, State
 from mmseg_llm.structures import Click
 
 if TYPE_CHECKING:
@@ -23,16 +24,15 @@ if TYPE_CHECKING:
 THRESHOLD = 0.49
 
 
-@dataclass(frozen=True)
-class FakeState:
-    """An episode: its clicks and the arrays `(H, W)` they gave, which are never written to."""
+@dataclass(frozen=True, eq=False)
+class FakeState(State):
+    """An episode: its clicks and the arrays `(H, W)` they gave."""
 
-    clicks: tuple[Click, ...]
     maps: tuple[np.ndarray, ...]
 
 
-class FakeEnvironment(Environment):
-    """What the formulas share.
+class FakeEnvironment(LockStepEnvironment[Encoded, FakeState]):
+    """What the formulas share; only the size of an image counts.
 
     Args:
         positive_radius: pixels around a positive click, > 0.
@@ -43,58 +43,42 @@ class FakeEnvironment(Environment):
     """
 
     def __init__(self, positive_radius: float, negative_radius: float) -> None:
+        super().__init__()
         for name, radius in (("positive_radius", positive_radius), ("negative_radius", negative_radius)):
             if not radius > 0:
                 raise ValueError(f"{name} is {radius}; a radius in pixels must be positive")
         self.positive_radius = positive_radius
         self.negative_radius = negative_radius
-        self._state: FakeState | None = None
 
-    def reset(self, image: Image.Image) -> Observation:
-        """Start an episode with an empty mask; only the size of the image counts."""
-        self._state = FakeState((), self._start((image.height, image.width)))
-        return self._observe()
+    def _encode(self, image: Image.Image) -> Encoded:
+        return Encoded(self._owner, (image.height, image.width))
 
-    def step(self, click: Click) -> Observation:
-        """Add a click.
+    def _start(
+        self, images: Sequence[Encoded], masks: Sequence[np.ndarray | None]
+    ) -> list[tuple[Observation, FakeState]]:
+        starts = [np.zeros(image.size, bool) if mask is None else mask for image, mask in zip(images, masks)]
+        return [self._shown(FakeState(image, (), self._maps(start))) for image, start in zip(images, starts)]
 
-        Raises:
-            ValueError: before `reset`, or for a click outside of the image.
-        """
-        check_click(click, None if self._state is None else self._state.maps[0].shape)
-        assert self._state is not None
-        size = self._state.maps[0].shape
-        rows, cols = np.arange(size[0])[:, None] - click.row, np.arange(size[1])[None] - click.col
-        maps = self._add(self._state.maps, rows**2 + cols**2, click)
-        self._state = FakeState((*self._state.clicks, click), maps)
-        return self._observe()
+    def _advance(self, states: Sequence[FakeState], clicks: Sequence[Click]) -> list[tuple[Observation, FakeState]]:
+        tried = []
+        for state, click in zip(states, clicks):
+            height, width = state.image.size
+            rows, cols = np.arange(height)[:, None] - click.row, np.arange(width)[None] - click.col
+            maps = self._add(state.maps, rows**2 + cols**2, click)
+            tried.append(self._shown(FakeState(state.image, (*state.clicks, click), maps)))
+        return tried
 
-    def snapshot(self) -> FakeState:
-        """The state of the episode.
+    def _shown(self, state: FakeState) -> tuple[Observation, FakeState]:
+        chances = self._chances(state.maps)
+        return Observation(chances > np.float32(THRESHOLD), chances, None, state.clicks), state
 
-        Raises:
-            ValueError: before `reset`.
-        """
-        if self._state is None:
-            raise ValueError("no episode to take a snapshot of; call reset with an image first")
-        return self._state
-
-    def restore(self, state: Any) -> None:
-        """Return to a state of this image, exactly."""
-        self._state = state
-
-    def _observe(self) -> Observation:
-        assert self._state is not None
-        chances = self._chances(self._state.maps)
-        return Observation(chances > np.float32(THRESHOLD), chances, None, self._state.clicks)
-
-    def _start(self, size: tuple[int, int]) -> tuple[np.ndarray, ...]:
-        """The arrays of an empty mask."""
-        return (np.zeros(size, np.float32),)
+    def _maps(self, mask: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The arrays of a mask to start from."""
+        return (mask.astype(np.float32),)
 
     def _chances(self, maps: tuple[np.ndarray, ...]) -> np.ndarray:
-        """Float32 `(H, W)` probabilities."""
-        return maps[0]
+        """Float32 `(H, W)` probabilities, an array of its own."""
+        return maps[0].copy()
 
     @abstractmethod
     def _add(self, maps: tuple[np.ndarray, ...], squares: np.ndarray, click: Click) -> tuple[np.ndarray, ...]:
@@ -113,7 +97,7 @@ class TargetDisksEnvironment(FakeEnvironment):
     """Disks that are never wrong: they set pixels of the target only, and clear pixels outside of it only.
 
     Args:
-        target: bool `(H, W)`.
+        target: bool `(H, W)`; images of another size are refused.
         positive_radius, negative_radius: as above.
 
     Raises:
@@ -126,17 +110,12 @@ class TargetDisksEnvironment(FakeEnvironment):
             raise ValueError(f"target must be a bool array (H, W), got shape {target.shape}")
         self.target = target.astype(bool)
 
-    def reset(self, image: Image.Image) -> Observation:
-        """Start an episode with an empty mask.
-
-        Raises:
-            ValueError: if the image is not of the target's size.
-        """
+    def _encode(self, image: Image.Image) -> Encoded:
         if (image.height, image.width) != self.target.shape:
             raise ValueError(
                 f"image of size {(image.height, image.width)} (H, W) does not fit the target of size {self.target.shape}"
             )
-        return super().reset(image)
+        return super()._encode(image)
 
     def _add(self, maps: tuple[np.ndarray, ...], squares: np.ndarray, click: Click) -> tuple[np.ndarray, ...]:
         radius = self.positive_radius if click.is_positive else self.negative_radius
@@ -147,8 +126,8 @@ class TargetDisksEnvironment(FakeEnvironment):
 class SoftEnvironment(FakeEnvironment):
     """Probability `a (1 - b)`; `a` is the largest `1 / (1 + d^2 / r^2)` of the positive clicks, `b` of the negative ones."""
 
-    def _start(self, size: tuple[int, int]) -> tuple[np.ndarray, ...]:
-        return np.zeros(size), np.zeros(size)
+    def _maps(self, mask: np.ndarray) -> tuple[np.ndarray, ...]:
+        return mask.astype(float), np.zeros(mask.shape)
 
     def _add(self, maps: tuple[np.ndarray, ...], squares: np.ndarray, click: Click) -> tuple[np.ndarray, ...]:
         attract, repel = maps

@@ -10,12 +10,15 @@ Legend: H W pixels of the image, h w pixels of the size worked at.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmseg_llm.segmenters.environment import Environment, Observation, check_click
+from mmseg_llm.segmenters.environment import Encoded, LockStepEnvironment, Observation, State
 from mmseg_llm.structures import Click
 
 if TYPE_CHECKING:
@@ -23,17 +26,40 @@ if TYPE_CHECKING:
 
 # OpenCV's rectangle, which is not read where a mask is given.
 NO_BOX = (0, 0, 0, 0)
+# Most threads that are taken unasked.
+MAX_WORKERS = 16
 
 
-@dataclass(frozen=True)
-class GrabCutState:
-    """An episode: its clicks and the mask bool `(h, w)` they gave, which is never written to."""
+@dataclass(frozen=True, eq=False)
+class GrabCutImage(Encoded):
+    """An image at the size worked at: uint8 `(h, w, 3)` in OpenCV's order of colours."""
 
-    clicks: tuple[Click, ...]
+    pixels: np.ndarray
+
+    def place(self, click: Click) -> tuple[int, int]:
+        """Row and column of a click at the size worked at."""
+        height, width = self.pixels.shape[:2]
+        return int((click.row + 0.5) * height / self.size[0]), int((click.col + 0.5) * width / self.size[1])
+
+
+@dataclass(frozen=True, eq=False)
+class GrabCutState(State):
+    """An episode at the size worked at.
+
+    Attributes:
+        image: that is clicked on.
+        mask: bool `(h, w)` that the clicks gave.
+        given: bool `(H, W)`, the mask of a larger image that the episode started from, shown where no click changed it.
+        touched: bool `(h, w)`, what clicks decided since; None without `given`.
+    """
+
+    image: GrabCutImage
     mask: np.ndarray
+    given: np.ndarray | None = None
+    touched: np.ndarray | None = None
 
 
-class GrabCutEnvironment(Environment):
+class GrabCutEnvironment(LockStepEnvironment[GrabCutImage, GrabCutState]):
     """Clicks are disks of sure foreground or background; the mask so far says what the rest probably is.
 
     A click changes the mask only where the change is connected to it, so that what was right elsewhere stays. Lengths are
@@ -48,6 +74,8 @@ class GrabCutEnvironment(Environment):
         iterations: of GrabCut, per click.
         max_side: larger images are worked on at this size in pixels, and masks are scaled up.
         seed: of OpenCV's generator, which starts the colour clusters.
+        workers: threads that `advance` shares its clicks among, without changing a result; one per processor, at most
+            16, when None.
 
     Raises:
         ValueError: for an argument out of range.
@@ -61,13 +89,16 @@ class GrabCutEnvironment(Environment):
         iterations: int = 3,
         max_side: int = 320,
         seed: int = 0,
+        workers: int | None = None,
     ) -> None:
+        super().__init__()
         for name, value, least in (
             ("sure", sure, 0.0),
             ("first", first, sure),
             ("reach", reach, sure),
             ("iterations", iterations, 1),
             ("max_side", max_side, 32),
+            ("workers", 1 if workers is None else workers, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
@@ -77,78 +108,70 @@ class GrabCutEnvironment(Environment):
         self.iterations = iterations
         self.max_side = max_side
         self.seed = seed
-        self._size: tuple[int, int] | None = None
-        self._pixels = np.zeros((1, 1, 3), np.uint8)
-        self._state: GrabCutState | None = None
+        self.workers = workers
 
-    def reset(self, image: Image.Image) -> Observation:
-        """Start an episode on an image with an empty mask."""
+    def _encode(self, image: Image.Image) -> GrabCutImage:
         import cv2
 
-        pixels: Any = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])  # OpenCV's order of colours
-        self._size = (image.height, image.width)
-        scale = min(1.0, self.max_side / max(self._size))
+        pixels: Any = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
+        scale = min(1.0, self.max_side / max(image.size))
         if scale < 1:
             side = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
             pixels = cv2.resize(pixels, side, interpolation=cv2.INTER_AREA)
-        self._pixels = pixels  # (h, w, 3)
-        self._state = GrabCutState((), np.zeros(pixels.shape[:2], bool))
-        return self._observe(self._state)
+        return GrabCutImage(self._owner, (image.height, image.width), pixels)
 
-    def step(self, click: Click) -> Observation:
-        """Add a click.
+    def _start(
+        self, images: Sequence[GrabCutImage], masks: Sequence[np.ndarray | None]
+    ) -> list[tuple[Observation, GrabCutState]]:
+        begun = []
+        for image, mask in zip(images, masks):
+            small = image.pixels.shape[:2]
+            if mask is None:
+                state = GrabCutState(image, (), np.zeros(small, bool))
+            elif small == image.size:
+                state = GrabCutState(image, (), mask)
+            else:
+                state = GrabCutState(image, (), _reduced(mask, small), mask, np.zeros(small, bool))
+            begun.append((_observed(state), state))
+        return begun
 
-        Raises:
-            ValueError: before `reset`, or for a click outside of the image.
-        """
-        check_click(click, self._size)
-        assert self._state is not None
-        clicks = (*self._state.clicks, click)
-        self._state = GrabCutState(clicks, self._change(clicks, self._state.mask))
-        return self._observe(self._state)
+    def _advance(
+        self, states: Sequence[GrabCutState], clicks: Sequence[Click]
+    ) -> list[tuple[Observation, GrabCutState]]:
+        workers = min(len(states), self.workers or min(os.cpu_count() or 1, MAX_WORKERS))
+        if workers == 1:
+            return list(map(self._clicked, states, clicks))
+        with ThreadPoolExecutor(workers) as pool:  # OpenCV works without the interpreter's lock
+            return list(pool.map(self._clicked, states, clicks))
 
-    def snapshot(self) -> GrabCutState:
-        """The state of the episode.
+    def _clicked(self, state: GrabCutState, click: Click) -> tuple[Observation, GrabCutState]:
+        """One click."""
+        clicks = (*state.clicks, click)
+        reached = self._reached(state.image, clicks, state.mask)
+        mask = state.mask.copy()
+        mask[reached] = click.is_positive
+        touched = None if state.touched is None else state.touched | reached
+        after = GrabCutState(state.image, clicks, mask, state.given, touched)
+        return _observed(after), after
 
-        Raises:
-            ValueError: before `reset`.
-        """
-        if self._state is None:
-            raise ValueError("no episode to take a snapshot of; call reset with an image first")
-        return self._state
-
-    def restore(self, state: Any) -> None:
-        """Return to a state of this image, exactly."""
-        self._state = state
-
-    def _observe(self, state: GrabCutState) -> Observation:
-        import cv2
-
-        mask: Any = state.mask
-        if mask.shape != self._size:
-            assert self._size is not None
-            mask = cv2.resize(mask.astype(np.float32), self._size[::-1], interpolation=cv2.INTER_LINEAR) > 0.5
-        return Observation(mask, None, None, state.clicks)
-
-    def _change(self, clicks: tuple[Click, ...], mask: np.ndarray) -> np.ndarray:
-        """The mask `(h, w)` after the last of the clicks."""
+    def _reached(self, image: GrabCutImage, clicks: tuple[Click, ...], mask: np.ndarray) -> np.ndarray:
+        """Pixels `(h, w)` that take the sign of the last of the clicks."""
         import cv2
 
         click = clicks[-1]
         prior = mask.copy()
-        prior[self._disk(click, self.reach if mask.any() else self.first, clicks)] = click.is_positive
+        prior[_disk(image, click, self.reach if mask.any() else self.first, clicks)] = click.is_positive
         labels = np.where(prior, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
         for earlier in clicks:
-            labels[self._disk(earlier, self.sure, clicks)] = cv2.GC_FGD if earlier.is_positive else cv2.GC_BGD
-        cut = self._cut(labels)
+            kind = cv2.GC_FGD if earlier.is_positive else cv2.GC_BGD
+            labels[_disk(image, earlier, self.sure, clicks)] = kind
+        cut = self._cut(image.pixels, labels)
         changed = (cut != mask) & (cut == click.is_positive)
-        changed |= self._disk(click, self.sure, clicks)
+        changed |= _disk(image, click, self.sure, clicks)
         _, parts = cv2.connectedComponents(changed.astype(np.uint8), connectivity=4)
-        result = mask.copy()
-        result[parts == parts[self._place(click)]] = click.is_positive
-        return result
+        return parts == parts[image.place(click)]
 
-    def _cut(self, labels: np.ndarray) -> np.ndarray:
+    def _cut(self, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """GrabCut from its four classes, uint8 `(h, w)`, to a bool mask."""
         import cv2
 
@@ -157,21 +180,42 @@ class GrabCutEnvironment(Environment):
         if probable.all() or not probable.any():
             return probable  # only one kind of colours: nothing to tell apart
         background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # colour models, filled by OpenCV
-        cv2.setRNGSeed(self.seed)
-        cv2.grabCut(self._pixels, labels, NO_BOX, background, foreground, self.iterations, cv2.GC_INIT_WITH_MASK)
+        cv2.setRNGSeed(self.seed)  # of this thread
+        cv2.grabCut(pixels, labels, NO_BOX, background, foreground, self.iterations, cv2.GC_INIT_WITH_MASK)
         return np.isin(labels, kinds)
 
-    def _place(self, click: Click) -> tuple[int, int]:
-        """Row and column of a click at the size worked at."""
-        assert self._size is not None
-        height, width = self._pixels.shape[:2]
-        return int((click.row + 0.5) * height / self._size[0]), int((click.col + 0.5) * width / self._size[1])
 
-    def _disk(self, click: Click, radius: float, clicks: tuple[Click, ...]) -> np.ndarray:
-        """Pixels `(h, w)` within a share of the image around a click, not nearer to a click of the other kind."""
-        height, width = self._pixels.shape[:2]
-        row, col = self._place(click)
-        others = [self._place(other) for other in clicks if other.is_positive != click.is_positive]
-        limits = [((row - there[0]) ** 2 + (col - there[1]) ** 2) / 4 for there in others]
-        square = min([radius**2 * height * width, *limits])
-        return (np.arange(height)[:, None] - row) ** 2 + (np.arange(width)[None] - col) ** 2 <= square
+def _observed(state: GrabCutState) -> Observation:
+    """What a state shows, at the size of the image; an array of its own."""
+    size = state.image.size
+    if state.mask.shape == size:
+        return Observation(state.mask.copy(), None, None, state.clicks)
+    mask = _enlarged(state.mask, size)
+    if state.given is not None:
+        assert state.touched is not None
+        mask = np.where(_enlarged(state.touched, size), mask, state.given)
+    return Observation(mask, None, None, state.clicks)
+
+
+def _enlarged(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask `(h, w)` at the size of the image."""
+    import cv2
+
+    return np.asarray(cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR) > 0.5)
+
+
+def _reduced(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask `(H, W)` at the size worked at: pixels of which more than half is in it."""
+    import cv2
+
+    return np.asarray(cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA) > 0.5)
+
+
+def _disk(image: GrabCutImage, click: Click, radius: float, clicks: Sequence[Click]) -> np.ndarray:
+    """Pixels `(h, w)` within a share of the image around a click, not nearer to a click of the other kind."""
+    height, width = image.pixels.shape[:2]
+    row, col = image.place(click)
+    others = [image.place(other) for other in clicks if other.is_positive != click.is_positive]
+    limits = [((row - there[0]) ** 2 + (col - there[1]) ** 2) / 4 for there in others]
+    square = min([radius**2 * height * width, *limits])
+    return (np.arange(height)[:, None] - row) ** 2 + (np.arange(width)[None] - col) ** 2 <= square

@@ -37,6 +37,7 @@ def record(
     on_low_gain: LowGain = "break",
     rule: ClickRule = "official",
     given: Sequence[Click] = (),
+    keep_clearing: bool = False,
 ) -> Trajectory:
     """Let the oracle click until the mask is good, the clicks are used up, or a click brings too little.
 
@@ -54,11 +55,13 @@ def record(
             and its pixel not clicked again (`discard`, as the paper says).
         rule: of the oracle, see `next_click`.
         given: clicks made before the oracle takes over.
+        keep_clearing: count it as a gain, too, where a click clears pixels of a mask that has none of the object: its IoU is 0
+            before and after, but there is no way on without it.
 
     Raises:
         ValueError: for a target without pixels, masks of another size than the image, or an argument out of range.
     """
-    rules = _Rules(max_clicks, iou_threshold, min_gain, on_low_gain, rule)
+    rules = _Rules(max_clicks, iou_threshold, min_gain, on_low_gain, rule, keep_clearing)
     size = (image.height, image.width)
     wanted = _as_array("target", target, size)
     ignored = np.zeros(size, bool) if ignore is None else _as_array("ignore", ignore, size)
@@ -89,6 +92,7 @@ class _Rules:
     min_gain: float
     on_low_gain: LowGain
     rule: ClickRule
+    keep_clearing: bool
 
     def __post_init__(self) -> None:
         if self.max_clicks < 1 or self.min_gain < 0 or self.on_low_gain not in get_args(LowGain):
@@ -113,6 +117,8 @@ def _click_on(
         after = environment.step(click)
         iou = _iou(wanted, after.mask, ignored)
         gained = iou > best + rules.min_gain
+        if rules.keep_clearing and best == 0 and iou == 0:
+            gained = int((after.mask & ~ignored).sum()) < int((shown.mask & ~ignored).sum())
         tried[gained].append(ClickStep(click, Mask.from_array(after.mask), iou))
         if gained:
             shown, best = after, iou

@@ -9,16 +9,17 @@ Legend: B prompts of one image, P points, M candidate masks, S side of the squar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
-from mmseg_llm.masks import Box, Size
+from mmseg_llm.masks import Box
 from mmseg_llm.segmenters.base import RefineError
-from mmseg_llm.segmenters.environment import Environment, Observation, check_click
+from mmseg_llm.segmenters.environment import Encoded, LockStepEnvironment, Observation, State
 from mmseg_llm.segmenters.prompts import content_size, mask_prompt
 from mmseg_llm.segmenters.sam import make_engine, to_original
 from mmseg_llm.segmenters.sam_engine import SamEngine
@@ -31,24 +32,29 @@ if TYPE_CHECKING:
 Multimask = Literal["always", "first_only"]
 
 
-@dataclass(frozen=True)
-class SamState:
+@dataclass(frozen=True, eq=False)
+class SamImage(Encoded):
+    """An image as the engine embeds it."""
+
+    embedding: Any
+
+
+@dataclass(frozen=True, eq=False)
+class SamState(State):
     """An episode between two steps.
 
     Attributes:
-        image: digest of the image it belongs to.
-        clicks: so far.
+        image: that is clicked on.
         box: `(x1, y1, x2, y2)` in pixels, asked at every step.
-        logits: float32 `(s, s)` of the last step or of the mask it started from; never written to.
+        logits: float32 `(s, s)` of the last step or of the mask it started from.
     """
 
-    image: bytes
-    clicks: tuple[Click, ...] = ()
+    image: SamImage
     box: Box | None = None
     logits: torch.Tensor | None = None
 
 
-class SamEnvironment(Environment):
+class SamEnvironment(LockStepEnvironment[SamImage, SamState]):
     """SAM or SAM 2 that is clicked on.
 
     Args:
@@ -59,7 +65,7 @@ class SamEnvironment(Environment):
             (`first_only`), which is what SAM was trained for.
         feed_back: give the logits of the last step to the next one.
         device: of the engine built here; a GPU where there is one when None.
-        batch_size: clicks tried in one decoder call.
+        batch_size: clicks on one image tried in one decoder call.
 
     Raises:
         ValueError: for an argument out of range, or both an engine and a checkpoint.
@@ -75,6 +81,7 @@ class SamEnvironment(Environment):
         device: str | None = None,
         batch_size: int = 16,
     ) -> None:
+        super().__init__()
         if multimask not in get_args(Multimask):
             raise ValueError(f"multimask is '{multimask}'; choose from {', '.join(get_args(Multimask))}")
         if batch_size < 1:
@@ -87,24 +94,22 @@ class SamEnvironment(Environment):
         self.multimask = multimask
         self.feed_back = feed_back
         self.batch_size = batch_size
-        self._size: Size | None = None
-        self._embedded: tuple[bytes, Any] | None = None  # digest and embedding of the image
-        self._state = SamState(b"")
+        # Of the images that a state still refers to, by their content.
+        self._embedded: WeakValueDictionary[bytes, SamImage] = WeakValueDictionary()
 
     def __repr__(self) -> str:
         """What the scores of a policy depend on."""
         return f"{type(self).__name__}({self.engine!r}, multimask={self.multimask!r}, feed_back={self.feed_back})"
 
-    @torch.inference_mode()
-    def reset(self, image: Image.Image, box: Box | None = None, mask: np.ndarray | None = None) -> Observation:
-        """Start an episode: with nothing, with the mask of a box, or with a given mask.
+    def reset(self, image: Image.Image, mask: np.ndarray | None = None, *, box: Box | None = None) -> Observation:
+        """Start an episode: with nothing, with a given mask, or with the mask of a box.
 
-        The embedding of the last image is kept: another episode on it costs no encoder pass.
+        An image that a state refers to costs no second encoder pass.
 
         Args:
             image: RGB, `(H, W)`.
-            box: `(x1, y1, x2, y2)` in pixels; decoded at once, and asked again with every click.
             mask: bool `(H, W)` to start from; fed back like the logits of a step, so it needs `feed_back`.
+            box: `(x1, y1, x2, y2)` in pixels; decoded at once, and asked again with every click.
 
         Raises:
             ValueError: if the box has no pixel of the image, or the mask another size.
@@ -115,68 +120,58 @@ class SamEnvironment(Environment):
             raise ValueError(
                 f"box {box} (x1, y1, x2, y2) does not fit an image of size {size} (H, W); cut it to the image"
             )
-        if mask is not None and (mask.shape != size or not self.feed_back):
-            raise ValueError(
-                f"a mask of shape {mask.shape} cannot start an image of size {size} (feed_back={self.feed_back})"
-            )
+        shown, state = self.begin([image], [mask])[0]
+        if box is not None:
+            shown, state = self._decode([replace(state, box=box)])[0]
+        self._state = state
+        return shown
+
+    @torch.inference_mode()
+    def _encode(self, image: Image.Image) -> SamImage:
         self.engine.prepare()
         digest = hashlib.blake2b(f"{image.size}".encode() + image.tobytes()).digest()
-        if self._embedded is None or self._embedded[0] != digest:
-            self._size = self._embedded = None  # frees the old one first
-            self._embedded = (digest, self.engine.embed(image))
-        self._size = size
-        self._state = SamState(digest, box=box)
-        if mask is not None:
-            prompt = mask_prompt(mask > 0, self.engine.mask_side, "fixed", self.engine.is_stretched)
-            self._state = replace(self._state, logits=prompt.to(self.engine.device))
-        if box is not None:
-            observation, self._state = self._decode([self._state])[0]
-            return observation
-        shown = np.zeros(size, bool) if mask is None else mask > 0
-        return Observation(shown, shown.astype(np.float32), None)
+        encoded = self._embedded.get(digest)
+        if encoded is None:
+            encoded = SamImage(self._owner, (image.height, image.width), self.engine.embed(image))
+            self._embedded[digest] = encoded
+        return encoded
 
-    def step(self, click: Click) -> Observation:
-        """See `Environment.step`."""
-        check_click(click, self._size)
-        observation, self._state = self._decode([self._after(click)])[0]
-        return observation
+    def _start(
+        self, images: Sequence[SamImage], masks: Sequence[np.ndarray | None]
+    ) -> list[tuple[Observation, SamState]]:
+        begun = []
+        if not self.feed_back and any(mask is not None for mask in masks):
+            raise ValueError(
+                "a mask cannot start an episode with feed_back=False, which keeps it from SAM; set it to True"
+            )
+        for image, mask in zip(images, masks):
+            state, shown = SamState(image, ()), np.zeros(image.size, bool)
+            if mask is not None:
+                prompt = mask_prompt(mask, self.engine.mask_side, "fixed", self.engine.is_stretched)
+                state, shown = replace(state, logits=prompt.to(self.engine.device)), mask
+            begun.append((Observation(shown, shown.astype(np.float32), None), state))
+        return begun
 
-    def step_many(self, clicks: Sequence[Click]) -> list[tuple[Observation, Any]]:
-        """See `Environment.step_many`; the clicks are decoded together, each once however often it is proposed."""
-        for click in clicks:
-            check_click(click, self._size)
-        different = list(dict.fromkeys(clicks))
-        tried: dict[Click, tuple[Observation, SamState]] = {}
-        for start in range(0, len(different), self.batch_size):
-            chosen = different[start : start + self.batch_size]
-            tried.update(zip(chosen, self._decode([self._after(click) for click in chosen])))
-        return [tried[click] for click in clicks]
-
-    def snapshot(self) -> SamState:
-        """See `Environment.snapshot`."""
-        return self._state
-
-    def restore(self, state: SamState) -> None:
-        """See `Environment.restore`.
-
-        Raises:
-            ValueError: for the state of another image.
-        """
-        if self._embedded is None or state.image != self._embedded[0]:
-            raise ValueError("this state belongs to another image; call reset with that image first")
-        self._state = state
-
-    def _after(self, click: Click) -> SamState:
-        """The present state with one more click, not decoded yet."""
-        return replace(self._state, clicks=(*self._state.clicks, click))
+    def _advance(self, states: Sequence[SamState], clicks: Sequence[Click]) -> list[tuple[Observation, SamState]]:
+        clicked = [replace(state, clicks=(*state.clicks, click)) for state, click in zip(states, clicks)]
+        groups: dict[Hashable, list[int]] = {}  # clicks that one decoder call can take
+        for place, state in enumerate(clicked):
+            alike = (id(state.image), len(state.clicks), state.box is None, state.logits is None)
+            groups.setdefault(alike, []).append(place)
+        tried: dict[int, tuple[Observation, SamState]] = {}
+        for places in groups.values():
+            for start in range(0, len(places), self.batch_size):
+                chosen = places[start : start + self.batch_size]
+                tried.update(zip(chosen, self._decode([clicked[place] for place in chosen])))
+        return [tried[place] for place in range(len(clicked))]
 
     @torch.inference_mode()
     def _decode(self, states: Sequence[SamState]) -> list[tuple[Observation, SamState]]:
-        """Decode states that differ in their last click only; each becomes what SAM makes of it."""
-        assert self._size is not None and self._embedded is not None
+        """Decode states of one image and equally many clicks; each becomes what SAM makes of it."""
         first, device = states[0], self.engine.device
-        square = content_size(self._size, self.engine.image_side, self.engine.is_stretched)
-        scale = torch.tensor((square[1] / self._size[1], square[0] / self._size[0]), dtype=torch.float64)
+        size = first.image.size
+        square = content_size(size, self.engine.image_side, self.engine.is_stretched)
+        scale = torch.tensor((square[1] / size[1], square[0] / size[0]), dtype=torch.float64)
         points = labels = boxes = masks = None
         if first.clicks:
             pixels = [[(click.col, click.row) for click in state.clicks] for state in states]
@@ -185,13 +180,13 @@ class SamEnvironment(Environment):
                 [[int(click.is_positive) for click in state.clicks] for state in states], device=device
             )
         if first.box is not None:
-            corners = torch.tensor(first.box, dtype=torch.float64) * scale.repeat(2)
-            boxes = corners.float().to(device).expand(len(states), 4)
+            corners = torch.tensor([state.box for state in states], dtype=torch.float64) * scale.repeat(2)
+            boxes = corners.float().to(device)  # (B, 4)
         if first.logits is not None and self.feed_back:
-            masks = first.logits.expand(len(states), -1, -1)
+            masks = torch.stack([state.logits for state in states if state.logits is not None])  # (B, s, s)
         is_multimask = self.multimask == "always" or (len(first.clicks) == 1 and boxes is None and masks is None)
         logits, scores = self.engine.decode_candidates(
-            self._embedded[1], points=points, labels=labels, boxes=boxes, masks=masks, is_multimask=is_multimask
+            first.image.embedding, points=points, labels=labels, boxes=boxes, masks=masks, is_multimask=is_multimask
         )
         if not bool(torch.isfinite(logits).all()):  # would pass for an empty mask
             raise RefineError("SAM returned values that are not finite; check its checkpoint")
@@ -205,6 +200,5 @@ class SamEnvironment(Environment):
 
     def _observe(self, logits: torch.Tensor, score: float, state: SamState) -> Observation:
         """One state at a time: maps at the size of the image are large."""
-        assert self._size is not None
-        full = to_original(logits[None], self.engine, self._size)[0]  # (H, W)
+        full = to_original(logits[None], self.engine, state.image.size)[0]  # (H, W)
         return Observation((full > 0).cpu().numpy(), full.sigmoid().cpu().numpy(), score, state.clicks)

@@ -130,6 +130,7 @@ def test_errors_name_the_value():
         ({"reach": 0.0}, r"reach is 0\.0"),
         ({"iterations": 0}, "iterations is 0"),
         ({"max_side": 8}, "max_side is 8"),
+        ({"workers": 0}, "workers is 0"),
     ):
         with pytest.raises(ValueError, match=words):
             GrabCutEnvironment(**options)

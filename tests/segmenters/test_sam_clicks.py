@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -89,7 +87,7 @@ def test_many_steps_are_the_same_one_by_one(kind: str, box, monkeypatch: pytest.
     environment.reset(make_image(), box=box)
     environment.step(CLICKS[0])
     before = environment.snapshot()
-    expected = Environment.step_many(environment, CLICKS[1:])
+    expected = Environment.advance(environment, [before] * 3, CLICKS[1:])
     calls = record(monkeypatch)
     tried = environment.step_many([*CLICKS[1:], CLICKS[1]])
     assert len(calls) == 1 and len(calls[0]["points"]) == 3  # a click that comes twice is decoded once
@@ -98,7 +96,7 @@ def test_many_steps_are_the_same_one_by_one(kind: str, box, monkeypatch: pytest.
     for (observation, state), (wanted, wanted_state) in zip(tried, expected):
         assert equal(observation, wanted, 1e-4)
         assert float((state.logits - wanted_state.logits).abs().max()) < 1e-4
-        assert replace(state, logits=None) == replace(wanted_state, logits=None)
+        assert state.clicks == wanted_state.clicks and state.box == wanted_state.box == box
     environment.restore(tried[1][1])
     assert equal(environment.step(CLICKS[3]), step_after(environment, expected[1][1], CLICKS[3]), 1e-4)
 
@@ -219,12 +217,10 @@ def test_errors():
             environment.step_many([CLICKS[0], wrong])
     with pytest.raises(ValueError, match="does not fit an image"):
         environment.reset(image, box=(0, 0, 121, 90))
-    with pytest.raises(ValueError, match="cannot start an image"):
+    with pytest.raises(ValueError, match="does not fit the image"):
         environment.reset(image, mask=np.zeros((5, 5), bool))
-    state = environment.snapshot()
-    environment.reset(make_image(60, 60))
-    with pytest.raises(ValueError, match="another image"):
-        environment.restore(state)
+    with pytest.raises(ValueError, match="feed_back=False"):
+        make_environment("transformers", feed_back=False).reset(image, mask=np.ones((90, 120), bool))
     with pytest.raises(ValueError, match="multimask is 'never'"):
         SamEnvironment(multimask="never")
     with pytest.raises(ValueError, match="batch_size is 0"):

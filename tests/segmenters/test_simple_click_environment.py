@@ -222,7 +222,7 @@ def disk(centre: tuple[int, int], radius: float, size: tuple[int, int] = (70, 90
 def test_start_from_a_mask():
     mask = disk((30, 45), 25)
     direct = make(Blobs(), init_mode="direct")
-    shown = direct.reset(photo(), init_mask=mask)
+    shown = direct.reset(photo(), mask=mask)
     assert np.array_equal(shown.mask, mask)
     assert shown.clicks == ()
     direct.step(CLICKS[0])
@@ -234,15 +234,15 @@ def test_start_from_a_mask():
     target = make(Blobs(25.0))
     target.reset(photo())
     reached = target.step(Click(30, 45, True)).mask
-    shown = clicked.reset(photo(), init_mask=reached)
+    shown = clicked.reset(photo(), mask=reached)
     assert len(shown.clicks) >= 1
     assert (shown.mask & reached).sum() / (shown.mask | reached).sum() >= 0.8
 
     far = disk((10, 10), 5) | disk((60, 80), 5) | disk((10, 80), 5) | disk((60, 10), 5)
-    shown = clicked.reset(photo(), init_mask=far.astype(np.uint8))
+    shown = clicked.reset(photo(), mask=far.astype(np.uint8))
     assert np.array_equal(shown.mask, far)
     assert shown.clicks == ()
-    assert not clicked.reset(photo(), init_mask=np.zeros((70, 90), bool)).mask.any()
+    assert not clicked.reset(photo(), mask=np.zeros((70, 90), bool)).mask.any()
 
 
 def test_errors():
@@ -258,14 +258,15 @@ def test_errors():
     with pytest.raises(ValueError, match="lies outside"):
         environment.step_many([CLICKS[0], Click(0, -1, True)])
     assert environment.snapshot() is before
-    environment.reset(photo(seed=1))
-    for state in (before, None):
-        with pytest.raises(ValueError, match="another episode"):
+    other = make()
+    other.reset(photo())
+    for state in (other.snapshot(), None):
+        with pytest.raises(ValueError, match="not of this environment"):
             environment.restore(state)
     with pytest.raises(ValueError, match=r"shape \(3, 3\) does not fit"):
-        environment.reset(photo(), init_mask=np.zeros((3, 3), bool))
+        environment.reset(photo(), mask=np.zeros((3, 3), bool))
     with pytest.raises(ValueError, match=r"from 0\.5 to 0\.5"):
-        environment.reset(photo(), init_mask=np.full((70, 90), 0.5))
+        environment.reset(photo(), mask=np.full((70, 90), 0.5))
 
 
 @pytest.mark.parametrize(
@@ -278,6 +279,7 @@ def test_errors():
         ("expand", 0.9),
         ("expand", float("nan")),
         ("net_clicks_limit", 0),
+        ("batch_size", 0),
         ("init_mode", "both"),
     ],
 )

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmseg_llm.backbones.chat import Token
-from mmseg_llm.heads.all_mask.prompts import fill
+from mmseg_llm.clicks import Click
 from mmseg_llm.heads.click_policy.codec import QWEN_MILLI, ClickCodec
 from mmseg_llm.heads.click_policy.overlay import Colour
 from mmseg_llm.heads.click_policy.text import write
-from mmseg_llm.structures import Click
 
 QWEN_SYSTEM = "You are a helpful assistant."
 QWEN_QUESTION = (
@@ -25,8 +24,6 @@ QWEN_PROMPT = (
     f"{QWEN_QUESTION}<ref>{{CAPTION}}</ref><|im_end|>\n<|im_start|>assistant\n"
 )
 """The whole conversation of the released Qwen-VL weights, for `{IMAGE}` and `{CAPTION}`; the mask is always called green."""
-
-PLACES = ("{x}", "{colour}", "{axes}", "{range}", "{iou}", "{example}")
 
 
 def qwen_prompt(expression: str, image: str = "") -> str:
@@ -48,7 +45,8 @@ class ClickPrompts:
     """Question templates for backbones that are trained afresh; one is drawn per sample, the first is used to predict.
 
     Attributes:
-        questions: with the places `{x}` (expression), `{colour}`, `{axes}`, `{range}`, `{iou}` (the largest) and `{example}`.
+        questions: with the place `{x}` (expression) and, where the model should be told, `{colour}`, `{axes}`, `{range}`, `{iou}`
+            (the largest) and `{example}`; a tiny language model learns them from the answers alone.
     """
 
     questions: tuple[str, ...] = (
@@ -63,13 +61,12 @@ class ClickPrompts:
     )
 
     def __post_init__(self) -> None:
-        """Raises: ValueError if there is no question, or one lacks a place."""
+        """Raises: ValueError if there is no question, or one lacks the place of the expression."""
         if not self.questions:
             raise ValueError("click prompts need at least one question; leave them out for the default ones")
         for question in self.questions:
-            missing = [place for place in PLACES if place not in question]
-            if missing:
-                raise ValueError(f"question template '{question}' lacks {', '.join(missing)}")
+            if "{x}" not in question:
+                raise ValueError(f"question template '{question}' lacks {{x}}, the place of the expression")
 
     def question(
         self, expression: str, codec: ClickCodec = QWEN_MILLI, colour: Colour = "green", index: int = 0
@@ -95,4 +92,4 @@ class ClickPrompts:
         template = self.questions[index]
         for place, fact in facts.items():
             template = template.replace(place, fact)
-        return fill(template, expression)
+        return expression.join(template.split("{x}"))

@@ -3,7 +3,8 @@
 Every step crops the region of interest of the image and of the previous probability, stretches it to a square, segments it with
 all clicks so far, and pastes the probability back; what lies outside of the region becomes 0.
 
-Legend: H W pixels, S side of the network's input, K candidates, P points per sign, F looks (2 with flip, else 1).
+Legend: H W pixels of an image, S side of the network's input, K clicks seen together, P points per sign, F looks (2 with flip,
+else 1).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as functional
 
 from mmseg_llm.geometry import load_image
-from mmseg_llm.segmenters.environment import Environment, Observation, check_click
+from mmseg_llm.segmenters.environment import Encoded, LockStepEnvironment, Observation, State
 from mmseg_llm.structures import Click
 
 if TYPE_CHECKING:
@@ -38,24 +39,29 @@ INIT_IOU = 0.8
 
 
 @dataclass(frozen=True, eq=False)
-class SimpleClickState:
-    """Where an episode stands; nothing in it is ever written to.
+class SimpleClickImage(Encoded):
+    """An image on the device: float32 `(1, 3, H, W)` in 0..1."""
+
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SimpleClickState(State):
+    """Where an episode stands.
 
     Attributes:
-        episode: which `reset` it belongs to.
-        clicks: all clicks so far.
+        image: that is clicked on.
         chances: float32 `(1, 1, H, W)` of the last step, None before it.
         region: stored region of interest.
     """
 
-    episode: object
-    clicks: tuple[Click, ...] = ()
+    image: SimpleClickImage
     chances: torch.Tensor | None = None
     region: Region | None = None
 
 
-class SimpleClickEnvironment(Environment):
-    """An episode of clicks answered by SimpleClick.
+class SimpleClickEnvironment(LockStepEnvironment[SimpleClickImage, SimpleClickState]):
+    """Clicks answered by SimpleClick.
 
     Args:
         network: a file of weights (`load_simple_click` reads it, on the first image), or a module that maps `(B, 4, S, S)`
@@ -69,6 +75,7 @@ class SimpleClickEnvironment(Environment):
         net_clicks_limit: show only so many of the first clicks to the network; all when None.
         init_mode: how an episode starts from a given mask: by clicks into it, with the mask itself where these do not
             lead there, or always with the mask itself as previous prediction.
+        batch_size: clicks that pass through the network together, on whatever images.
         device: a GPU where there is one when None.
 
     Raises:
@@ -87,11 +94,18 @@ class SimpleClickEnvironment(Environment):
         expand: float = 1.4,
         net_clicks_limit: int | None = None,
         init_mode: InitMode = "clicks",
+        batch_size: int = 16,
         device: str | None = None,
     ) -> None:
+        super().__init__()
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is {threshold}; it is a probability between 0 and 1, 0.49 officially")
-        for name, value, least in (("size", size, 1), ("min_crop", min_crop, 1), ("expand", expand, 1)):
+        for name, value, least in (
+            ("size", size, 1),
+            ("min_crop", min_crop, 1),
+            ("expand", expand, 1),
+            ("batch_size", batch_size, 1),
+        ):
             if not value >= least:
                 raise ValueError(f"{name} is {value}; give at least {least}")
         if net_clicks_limit is not None and net_clicks_limit < 1:
@@ -101,11 +115,9 @@ class SimpleClickEnvironment(Environment):
         self.network = network
         self.flip_tta, self.zoom_in, self.size, self.threshold = flip_tta, zoom_in, size, threshold
         self.min_crop, self.expand, self.net_clicks_limit = min_crop, expand, net_clicks_limit
-        self.init_mode = init_mode
+        self.init_mode, self.batch_size = init_mode, batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._module: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-        self._image: torch.Tensor | None = None  # (1, 3, H, W) in 0..1
-        self._state = SimpleClickState(object())
 
     def __repr__(self) -> str:
         """Weights and settings: part of the protocol of a score."""
@@ -128,98 +140,83 @@ class SimpleClickEnvironment(Environment):
                 module = load_simple_click(module)
             self._module = module.eval().requires_grad_(False).to(self.device)
 
-    def reset(self, image: Image.Image, init_mask: np.ndarray | None = None) -> Observation:
-        """Start an episode, with an empty mask or (see `init_mode`) from a bool mask `(H, W)` of another source.
-
-        Raises:
-            ValueError: if the mask has another size than the image, or is neither bool nor 0/1.
-        """
-        self.prepare()
-        pixels = torch.from_numpy(np.array(load_image(image)))  # (H, W, 3)
-        if init_mask is not None:
-            init_mask = _as_bool(init_mask, (pixels.shape[0], pixels.shape[1]))
-        self._image = (pixels.permute(2, 0, 1)[None].float() / 255).to(self.device)
-        self._state = SimpleClickState(object())
-        return self._observe() if init_mask is None or not init_mask.any() else self._start_from(init_mask)
-
-    def step(self, click: Click) -> Observation:
-        """See `Environment.step`."""
-        check_click(click, self.image_size)
-        self._state = self._advance([click])[0]
-        return self._observe()
-
-    def step_many(self, clicks: Sequence[Click]) -> list[tuple[Observation, Any]]:
-        """See `Environment.step_many`; all K candidates pass through the network as one batch."""
-        for click in clicks:
-            check_click(click, self.image_size)
-        states = self._advance(clicks) if clicks else []
-        return [(self._observe(state), state) for state in states]
-
-    def snapshot(self) -> SimpleClickState:
-        """See `Environment.snapshot`; refers to the present tensors, copies nothing."""
-        return self._state
-
-    def restore(self, state: SimpleClickState) -> None:
-        """See `Environment.restore`.
-
-        Raises:
-            ValueError: for a state of another episode.
-        """
-        if not isinstance(state, SimpleClickState) or state.episode is not self._state.episode:
-            raise ValueError("this state belongs to another episode; restore only what was taken since the last reset")
-        self._state = state
-
     @property
     def image_size(self) -> tuple[int, int] | None:
         """`(H, W)` of the present image."""
-        return None if self._image is None else (self._image.shape[-2], self._image.shape[-1])
+        return None if self._state is None else self._state.image.size
 
-    def _start_from(self, mask: np.ndarray) -> Observation:
-        """Bring the present, empty episode to a given mask."""
-        empty = self._state
-        if self.init_mode == "clicks":
-            from mmseg_llm.segmenters.oracle import next_click
+    def _encode(self, image: Image.Image) -> SimpleClickImage:
+        self.prepare()
+        pixels = torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)  # uint8 (3, H, W)
+        return SimpleClickImage(self._owner, (image.height, image.width), (pixels[None].float() / 255).to(self.device))
 
-            seen = self._observe()
-            for _ in range(INIT_CLICKS):
-                click = next_click(mask, seen.mask, clicked=seen.clicks, rule="clean")
-                if click is not None:
-                    seen = self.step(click)
-            if (seen.mask & mask).sum() >= INIT_IOU * (seen.mask | mask).sum():
-                return seen
-        self._state = replace(empty, chances=torch.from_numpy(mask)[None, None].float().to(self.device))
-        return self._observe()
+    def _start(
+        self, images: Sequence[SimpleClickImage], masks: Sequence[np.ndarray | None]
+    ) -> list[tuple[Observation, SimpleClickState]]:
+        begun = [self._shown(SimpleClickState(image, ())) for image in images]
+        given = {place: mask for place, mask in enumerate(masks) if mask is not None}
+        reached = self._click_into(given, begun) if self.init_mode == "clicks" else {}
+        for place, mask in given.items():
+            chances = torch.from_numpy(mask)[None, None].float().to(self.device)
+            begun[place] = reached.get(place) or self._shown(replace(begun[place][1], chances=chances))
+        return begun
 
-    def _observe(self, state: SimpleClickState | None = None) -> Observation:
-        """What a state shows; the arrays are copies."""
-        state = state or self._state
-        assert self._image is not None
-        chances = self._image.new_zeros(self._image.shape[-2:]) if state.chances is None else state.chances[0, 0]
-        shown = chances.cpu().numpy().copy()
-        return Observation(shown > np.float32(self.threshold), shown, None, state.clicks)
+    def _click_into(
+        self, masks: dict[int, np.ndarray], begun: Sequence[tuple[Observation, SimpleClickState]]
+    ) -> dict[int, tuple[Observation, SimpleClickState]]:
+        """Episodes, by their place, that a few clicks bring to a given mask; without those that they do not."""
+        from mmseg_llm.segmenters.oracle import next_click
 
-    def _advance(self, clicks: Sequence[Click]) -> list[SimpleClickState]:
-        """The states that each of K clicks leads to from the present one."""
-        assert self._image is not None and self._module is not None
-        size, start = (self._image.shape[-2], self._image.shape[-1]), self._state
-        previous = self._image.new_zeros((1, 1, *size)) if start.chances is None else start.chances
-        states = [replace(start, clicks=(*start.clicks, click)) for click in clicks]
-        regions = [self._region(state, size) for state in states]
-        with torch.inference_mode():
-            inputs = torch.cat([self._crop(self._image, previous, region) for region in regions])  # (K, 4, S, S)
-            points = self._points(states, regions)  # (F K, 2P, 3)
-            logits = self._module(torch.cat((inputs, inputs.flip(3))) if self.flip_tta else inputs, points)
-            if self.flip_tta:
-                straight, mirrored = logits.float().chunk(2)
-                logits = (straight + mirrored.flip(3)) * 0.5
-            chances = logits.float().sigmoid()  # (K, 1, S, S)
-            return [
-                replace(state, chances=_paste(looked, region, size), region=region)
-                for state, region, looked in zip(states, regions, chances.split(1), strict=True)
-            ]
+        reached = {place: begun[place] for place in masks}
+        for _ in range(INIT_CLICKS):
+            clicks = {
+                place: next_click(masks[place], shown.mask, clicked=shown.clicks, rule="clean")
+                for place, (shown, _) in reached.items()
+            }
+            chosen = {place: click for place, click in clicks.items() if click is not None}
+            states = [reached[place][1] for place in chosen]
+            reached.update(zip(chosen, self._advance(states, list(chosen.values()))))
+        return {
+            place: (shown, state)
+            for place, (shown, state) in reached.items()
+            if (shown.mask & masks[place]).sum() >= INIT_IOU * (shown.mask | masks[place]).sum()
+        }
 
-    def _region(self, state: SimpleClickState, size: tuple[int, int]) -> Region:
+    def _shown(self, state: SimpleClickState) -> tuple[Observation, SimpleClickState]:
+        """What a state shows, in arrays of its own."""
+        size = state.image.size
+        chances = np.zeros(size, np.float32) if state.chances is None else state.chances[0, 0].cpu().numpy().copy()
+        return Observation(chances > np.float32(self.threshold), chances, None, state.clicks), state
+
+    def _advance(
+        self, states: Sequence[SimpleClickState], clicks: Sequence[Click]
+    ) -> list[tuple[Observation, SimpleClickState]]:
+        clicked = [replace(state, clicks=(*state.clicks, click)) for state, click in zip(states, clicks)]
+        tried = []
+        for start in range(0, len(clicked), self.batch_size):
+            tried += [self._shown(state) for state in self._look(clicked[start : start + self.batch_size])]
+        return tried
+
+    @torch.inference_mode()
+    def _look(self, states: Sequence[SimpleClickState]) -> list[SimpleClickState]:
+        """What the network makes of K states whose last click it has not seen."""
+        assert self._module is not None
+        regions = [self._region(state) for state in states]
+        inputs = torch.cat([self._crop(state, region) for state, region in zip(states, regions)])  # (K, 4, S, S)
+        points = self._points(states, regions)  # (F K, 2P, 3)
+        logits = self._module(torch.cat((inputs, inputs.flip(3))) if self.flip_tta else inputs, points)
+        if self.flip_tta:
+            straight, mirrored = logits.float().chunk(2)
+            logits = (straight + mirrored.flip(3)) * 0.5
+        chances = logits.float().sigmoid()  # (K, 1, S, S)
+        return [
+            replace(state, chances=_paste(looked, region, state.image.size), region=region)
+            for state, region, looked in zip(states, regions, chances.split(1), strict=True)
+        ]
+
+    def _region(self, state: SimpleClickState) -> Region:
         """The region of interest of the next look: the stored one, unless a click or the object has left it."""
+        size = state.image.size
         whole = (0, size[0] - 1, 0, size[1] - 1)
         if not self.zoom_in:
             return whole
@@ -239,9 +236,11 @@ class SimpleClickEnvironment(Environment):
         ]
         return stored if all(is_inside) else candidate
 
-    def _crop(self, image: torch.Tensor, previous: torch.Tensor, region: Region) -> torch.Tensor:
+    def _crop(self, state: SimpleClickState, region: Region) -> torch.Tensor:
         """Region of image and previous probability, stretched to `(1, 4, S, S)`."""
         top, bottom, left, right = region
+        image = state.image.pixels
+        previous = torch.zeros_like(image[:, :1]) if state.chances is None else state.chances
         crop = [values[:, :, top : bottom + 1, left : right + 1] for values in (image, previous)]
         return functional.interpolate(
             torch.cat(crop, 1), size=(self.size, self.size), mode="bilinear", align_corners=True
@@ -298,17 +297,3 @@ def _paste(chances: torch.Tensor, region: Region, size: tuple[int, int]) -> torc
         chances, size=(bottom - top + 1, right - left + 1), mode="bilinear", align_corners=True
     )
     return functional.pad(fitted, (left, size[1] - 1 - right, top, size[0] - 1 - bottom))
-
-
-def _as_bool(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A given mask as bool of the size of the image."""
-    mask = np.asarray(mask)
-    if mask.shape != size:
-        raise ValueError(
-            f"init_mask of shape {mask.shape} does not fit the image of size {size} (H, W); resize it first"
-        )
-    if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
-        raise ValueError(
-            f"init_mask holds values from {mask.min()} to {mask.max()}; give a bool mask, such as chances > 0.5"
-        )
-    return mask.astype(bool)

@@ -1,0 +1,144 @@
+"""Show pictures to the language model and read what it answers, for many episodes at once.
+
+Episodes that see the same picture - all expressions of an image before the first click - share one row: the picture is encoded
+and cached once, and their questions are branches behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mmseg_llm.geometry import stretch
+from mmseg_llm.heads.click_policy.text import ParsedAction
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mmseg_llm.backbones.base import Backbone
+    from mmseg_llm.backbones.prefix import Prefix
+    from mmseg_llm.heads.click_policy.head import ClickPolicyHead
+
+Seeds = Sequence[int | None]
+"""One answer each: None for the greedy one."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What a policy sees: an image, the mask so far (bool `(H, W)`), and the expression it is about."""
+
+    image: Image.Image
+    mask: np.ndarray
+    expression: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer as tokens and as text, and how it was read."""
+
+    ids: tuple[int, ...]
+    text: str
+    action: ParsedAction
+
+
+@dataclass
+class Shown:
+    """Views whose pictures are cached.
+
+    Attributes:
+        views: what is shown.
+        rows: row of each view in the prefix, which has one per picture.
+        prefix: the cached pictures.
+    """
+
+    views: list[View]
+    rows: list[int]
+    prefix: Prefix
+
+    def select(self, indices: Sequence[int]) -> Shown:
+        """Some of the views, in another cache where that is smaller."""
+        rows = list(dict.fromkeys(self.rows[i] for i in indices))
+        views = [self.views[i] for i in indices]
+        if len(rows) == len(self.prefix.features.grids):
+            return Shown(views, [self.rows[i] for i in indices], self.prefix)
+        forked = self.prefix.fork(torch.tensor(rows, device=self.prefix.states.device))
+        return Shown(views, [rows.index(self.rows[i]) for i in indices], forked)
+
+
+def show(head: ClickPolicyHead, backbone: Backbone, views: Sequence[View]) -> Shown:
+    """Draw, encode and cache the pictures of some views, equal ones once."""
+    codec = backbone.codec
+    numbers: dict[tuple[int, bytes], int] = {}
+    rows = [numbers.setdefault((id(view.image), np.packbits(view.mask).tobytes()), len(numbers)) for view in views]
+    canvases = []
+    for row in range(len(numbers)):
+        view = views[rows.index(row)]
+        size = codec.geometry.canvas_size((view.image.height, view.image.width))
+        canvases.append(stretch(head.overlay(view.image, view.mask), size))
+    sizes = [canvas.size for canvas in canvases]
+    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+    pixels = np.zeros((len(sizes), 3, height, width), np.float32)
+    for row, canvas in enumerate(canvases):
+        pixels[row, :, : canvas.size[0], : canvas.size[1]] = codec.pixels(canvas)
+    features = backbone.encode_images(torch.from_numpy(pixels).to(backbone.device, backbone.model.dtype), sizes)
+    return Shown(list(views), rows, backbone.prefill(features, [codec.image_prefix(size) for size in sizes]))
+
+
+def ask(
+    head: ClickPolicyHead,
+    backbone: Backbone,
+    shown: Shown,
+    *,
+    seeds: Sequence[Seeds] | None = None,
+    openings: Sequence[tuple[int, ...]] | None = None,
+    is_estimate: bool = False,
+    constrained: bool = False,
+) -> list[list[Reply]]:
+    """What the model answers to each view.
+
+    Args:
+        head: of the policy.
+        backbone: that the pictures are shown to.
+        shown: the pictures.
+        seeds: per view, of each answer; a greedy one when None.
+        openings: per view, the first tokens of its answers.
+        is_estimate: stop where the IoU has been said.
+        constrained: decode under the grammar of answers.
+
+    Returns:
+        Per view, one reply per seed.
+    """
+    codec = backbone.codec
+    count = len(shown.views)
+    seeds, openings = seeds or [(None,)] * count, openings or [()] * count
+    num_rows = len(shown.prefix.features.grids)
+    prompts: list[list[tuple[int, ...]]] = [[] for _ in range(num_rows)]
+    drawn: list[list[int | None]] = [[] for _ in range(num_rows)]
+    constraints: list[list] = [[] for _ in range(num_rows)]
+    first: list[int] = []
+    for view, row, own, opening in zip(shown.views, shown.rows, seeds, openings, strict=True):
+        first.append(len(prompts[row]))
+        prompts[row] += [head.question(view.expression, codec) + opening] * len(own)
+        drawn[row] += own
+        if constrained:
+            constraints[row] += [head.grammar(codec).after(opening)] * len(own)
+    generated = backbone.generate(
+        shown.prefix,
+        prompts,
+        max_new_tokens=head.max_new_tokens,
+        stop=head.grammar(codec).action_starts if is_estimate else (),
+        constraints=constraints if constrained else None,
+        seeds=drawn,
+        sampling=head.search.sampling,
+    )
+    replies = []
+    for view, row, own, opening, start in zip(shown.views, shown.rows, seeds, openings, first, strict=True):
+        answers = [opening + tuple(ids) for ids in generated.ids[row][start : start + len(own)]]
+        texts = [codec.decode(ids) for ids in answers]
+        size = (view.image.height, view.image.width)
+        replies.append([Reply(ids, text, head.read(text, size)) for ids, text in zip(answers, texts, strict=True)])
+    return replies
