@@ -7,11 +7,15 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning import Trainer
 
+from mmseg_llm.segmenters.simple_click import SimpleClick
 from mmseg_llm.training import PerceptionDataModule, PerceptionModule
 from mmseg_llm.training.checkpoint import build_model
+from mmseg_llm.training.simple_click import SimpleClickModule
+from mmseg_llm.training.simple_click_data import SimpleClickDataModule
 
 ROOT = Path(__file__).parent.parent / "configs"
-EXPERIMENTS = sorted(ROOT.glob("*.yaml"))
+SEGMENTERS = sorted(ROOT.glob("simple_click_*.yaml"))  # of the door tools/train_segmenter.py
+EXPERIMENTS = sorted(set(ROOT.glob("*.yaml")) - set(SEGMENTERS))
 PARTS = {
     "data": PerceptionDataModule,
     "trainer": Trainer,
@@ -51,6 +55,31 @@ def test_experiment_builds_its_model(path):
         assert num_trainable < 0.5 * sum(p.numel() for p in model.parameters())
         rows = [name for name in trainable if "embed_tokens" in name or "lm_head" in name]
         assert len(rows) == 2, "the rows of [SEG] and [REJ] must train in both matrices"
+
+
+@pytest.mark.parametrize("path", SEGMENTERS, ids=lambda path: path.stem)
+def test_segmenter_training_builds_its_network(path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    for name, kind in (("output", str), ("seed_everything", int), ("checkpoint_every", int)):
+        parser.add_argument(f"--{name}", type=kind)
+    for name, part in (("model", SimpleClickModule), ("data", SimpleClickDataModule), ("trainer", Trainer)):
+        parser.add_class_arguments(part, name)
+    config = parser.parse_args([f"--config={path}"])
+    settings = config.model.as_dict()
+    with torch.device("meta"):
+        network = SimpleClick(settings["size"])
+    assert config.data.side % network.size.patch == 0 and network.backbone.windows(config.data.side)
+    if path.stem == "simple_click_large":
+        batch = config.trainer.devices * config.data.batch_size
+        assert (batch, config.data.side, config.data.samples_per_epoch, config.trainer.max_epochs) == (
+            32,
+            448,
+            30000,
+            55,
+        )
+        optimization = config.model.optimization
+        assert (optimization.lr, tuple(optimization.drop_epochs), optimization.weight_decay) == (5e-5, (50, 55), 0.0)
 
 
 @pytest.mark.parametrize("name", ["stamp_2b", "stamp_2b_gref", "stamp_2b_uni"])

@@ -15,7 +15,9 @@ import yaml
 from backbones.tiny import scenes
 
 from mmseg_llm.backbones.collate import collate
+from mmseg_llm.clicks import NextClick
 from mmseg_llm.inference.perceiver import Perceiver
+from mmseg_llm.segmenters.oracle import next_click
 from mmseg_llm.structures import Sample
 from mmseg_llm.training.checkpoint import CONFIG, build_model, load_model, save_weights
 
@@ -41,6 +43,18 @@ HEADS = {
         "class_path": "mmseg_llm.heads.AllMaskHead",
         "init_args": {"grid": {"cells": 2}, "max_new_tokens": 4, "prompts": {**SHORT, "answers": [""]}},
     },
+    "click_policy": {
+        "class_path": "mmseg_llm.heads.ClickPolicyHead",
+        "init_args": {
+            "environment": {
+                "class_path": "mmseg_llm.segmenters.fakes.DisksEnvironment",
+                "init_args": {"positive_radius": 12, "negative_radius": 6},
+            },
+            "prompts": SHORT,
+            "max_clicks": 2,
+            "search": {"candidates": 2},
+        },
+    },
 }
 
 
@@ -53,6 +67,19 @@ def total(losses) -> torch.Tensor:
     return sum(value for name, value in losses.items() if not name.startswith("_"))
 
 
+def labelled(sample: Sample) -> Sample:
+    """With what a click policy learns from: the first click on the target of each query."""
+    empty = np.zeros(sample.size, bool)
+    clicks = [next_click(query.target(sample.size).array, empty, rule="clean") for query in sample.queries]
+    labels = [NextClick(click, 0.0, is_finished=click is None) for click in clicks]
+    return replace(sample, queries=tuple(replace(q, next_click=n) for q, n in zip(sample.queries, labels)))
+
+
+def protocols_of(head) -> list[str]:
+    """Those that need no label."""
+    return [protocol for protocol in head.protocols if protocol != "oracle_best"]
+
+
 @pytest.fixture(
     scope="module", params=list(itertools.product(BACKBONES, HEADS)), ids=lambda pair: f"{pair[1]}-on-{pair[0]}"
 )
@@ -63,7 +90,7 @@ def trained(request, tmp_path_factory):
     model = build_model(settings).train()
     head, codec = model.head(), model.backbone.codec
     rng = np.random.default_rng(0)
-    batch = collate([head.build(sample, codec, rng) for sample in scenes(0, 7)], codec, head.label_padding)
+    batch = collate([head.build(labelled(sample), codec, rng) for sample in scenes(0, 7)], codec, head.label_padding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     history = []
     for step in range(30):
@@ -93,7 +120,7 @@ def test_saved_model_predicts_the_same(trained):
     stored, ours = loaded.state_dict(), model.state_dict()
     assert stored.keys() == ours.keys() and all(torch.equal(stored[key], value) for key, value in ours.items())
     found = []
-    for protocol in model.head().protocols:
+    for protocol in protocols_of(model.head()):
         first, second = (m.predict(scenes(0, 7), protocol=protocol) for m in (model, loaded))
         assert [(p.text, p.mask, p.score) for p in first] == [(p.text, p.mask, p.score) for p in second]
         found += first
@@ -110,7 +137,7 @@ def test_batch_does_not_matter(trained):
     """Batch of images of several sizes = image by image = query by query, in every protocol."""
     model, _, _ = trained
     samples = [resized(sample, size) for sample, size in zip(scenes(0, 1, 7), ((96, 96), (70, 96), (96, 52)))]
-    for protocol in model.head().protocols:
+    for protocol in protocols_of(model.head()):
         together = model.predict(samples, protocol=protocol)
         assert len(together) == sum(len(sample.queries) for sample in samples)
         assert [p.size for p in together] == [sample.size for sample in samples for _ in sample.queries]

@@ -167,25 +167,6 @@ def test_generate_equals_recomputation(model):
     assert prefix.length == length == prefix.cache.get_seq_length()
 
 
-@torch.no_grad()
-def test_generate_under_a_constraint(qwen2):
-    backbone, codec = qwen2.backbone, qwen2.backbone.codec
-    prefix = backbone.prefill(backbone.encode_images(torch.zeros(2, 3, 96, 96)), [codec.image_prefix()] * 2)
-    plan = [7, 8, codec.end_id, 9]
-    seen = []
-
-    def constraint(logits, so_far):
-        seen.append(so_far)
-        forced = torch.full_like(logits, -1e9)
-        for row, ids in enumerate(so_far):
-            forced[row, plan[len(ids)]] = 0
-        return forced
-
-    generated = backbone.generate(prefix, [[(5, 6)], [(5,), (6,)]], max_new_tokens=4, constraint=constraint)
-    assert generated.ids == [[plan[:3]], [plan[:3], plan[:3]]]
-    assert seen == [[[]] * 3, [[7]] * 3, [[7, 8]] * 3]
-
-
 def test_eager_equals_sdpa():
     sdpa, eager = make_model(), make_model(attention="eager")
     eager.load_state_dict(sdpa.state_dict())

@@ -168,8 +168,10 @@ def advance(environment: Environment, moving: Sequence[tuple[Episode, Click]]) -
     results = environment.advance([episode.state for episode, _ in moving], [click for _, click in moving])
     for (episode, click), (observation, state) in zip(moving, results, strict=True):
         is_stuck = click in episode.clicks and np.array_equal(observation.mask, episode.view.mask)
+        before = episode.steps[-1]
         episode.move(click, observation, state)
-        if is_stuck:
+        if is_stuck:  # the same picture would get the same answer
+            episode.steps[-1] = replace(before, click=click)
             episode.ending = Ending.STUCK
 
 

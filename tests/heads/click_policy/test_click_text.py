@@ -242,5 +242,5 @@ def test_questions_say_what_the_codec_does(index: int):
 def test_prompt_errors():
     with pytest.raises(ValueError, match="at least one question"):
         ClickPrompts(())
-    with pytest.raises(ValueError, match=r"lacks \{axes\}"):
-        ClickPrompts(("{x} {colour} {range} {iou} {example}",))
+    with pytest.raises(ValueError, match=r"lacks \{x\}, the place of the expression"):
+        ClickPrompts(("{colour} {range} {iou} {example}",))
