@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmseg_llm.data.base import SampleDataset
+from mmseg_llm.masks import Mask
 from mmseg_llm.segmenters import refine_predictions
 from mmseg_llm.structures import Prediction
 
 if TYPE_CHECKING:
-    from mmseg_llm.data.base import SampleDataset
     from mmseg_llm.model import PerceptionModel
     from mmseg_llm.segmenters import Refiner
-    from mmseg_llm.structures import Query
+    from mmseg_llm.structures import Query, Sample
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Protocol:
         head: name of the head.
         dtype: of the weights.
         refiner: what sharpened the masks; empty without.
+        start: file of the masks that a click policy started from; empty without.
+        environment: what a click policy clicked on; empty for other heads.
+        max_clicks: of a click policy; 0 for other heads.
     """
 
     predict: str
@@ -45,6 +50,64 @@ class Protocol:
     head: str
     dtype: str
     refiner: str = ""
+    start: str = ""
+    environment: str = ""
+    max_clicks: int = 0
+
+
+class StartingFrom(SampleDataset):
+    """A dataset whose queries start from given masks, those of any head.
+
+    Args:
+        dataset: the same that the masks were made for.
+        masks: predictions file of `evaluate`.
+
+    Raises:
+        ValueError: if it is no such file.
+    """
+
+    def __init__(self, dataset: SampleDataset, masks: Path) -> None:
+        self.dataset, self.masks = dataset, read_masks(masks)
+        self.name, self.skipped = dataset.name, dataset.skipped
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`.
+
+        Raises:
+            ValueError: if there is no mask for one of its queries.
+        """
+        return starting_from(self.dataset[index], self.masks)
+
+
+def starting_from(sample: Sample, masks: dict[tuple[str, str], Mask]) -> Sample:
+    """A sample whose queries start from the masks of their `(sample id, query id)`.
+
+    Raises:
+        ValueError: if there is no mask for one of them.
+    """
+    queries = []
+    for index, query in enumerate(sample.queries):
+        name = query.id or str(index)
+        if (sample.id, name) not in masks:
+            raise ValueError(
+                f"there is no mask for query '{name}' of sample '{sample.id}'; give predictions made on this very dataset"
+            )
+        queries.append(replace(query, id=name, start=masks[sample.id, name]))
+    return replace(sample, queries=tuple(queries))
+
+
+def read_masks(path: Path) -> dict[tuple[str, str], Mask]:
+    """The answers in a predictions file of `evaluate`, by `(sample id, query id)`.
+
+    Raises:
+        ValueError: if the file was not written by `evaluate`.
+    """
+    found = (Prediction.from_json(record) for record in _read(path)["predictions"])
+    return {(prediction.sample_id, prediction.query_id): prediction.answer_mask for prediction in found}
 
 
 def predict_dataset(
@@ -81,6 +144,7 @@ def evaluate(
     batch_size: int = 16,
     metric: str | None = None,
     refiner: Refiner | None = None,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Predict, write `output` (JSON) and return the report without the predictions.
 
@@ -92,6 +156,7 @@ def evaluate(
         head: name; the first one when None.
         batch_size: images at once; does not change the result.
         refiner: sharpens the masks.
+        start: predictions file whose masks a click policy starts from.
         metric: protocol of the metric; that of the head and protocol when None.
 
     Raises:
@@ -103,11 +168,14 @@ def evaluate(
     chosen.check_protocol(protocol)
     metric = metric or chosen.metric(protocol, any(count == 0 for _, count in dataset.query_counts()))
     started = time.monotonic()
+    if start is not None:
+        dataset = StartingFrom(dataset, start)
+    environment = getattr(chosen, "environment", None)
     records = []
     for prediction, query in predict_dataset(
         model, dataset, protocol=protocol, head=head, batch_size=batch_size, refiner=refiner
     ):
-        records.append(_record(prediction, query))
+        records.append(record_of(prediction, query))
     described = Protocol(
         predict=protocol,
         metric=metric,
@@ -116,33 +184,67 @@ def evaluate(
         head=chosen.name,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         refiner="" if refiner is None else repr(refiner),
+        start="" if start is None else str(start),
+        environment="" if environment is None else repr(environment),
+        max_clicks=getattr(chosen, "max_clicks", 0),
     )
     gathered = _gather(records, output)
     if gathered is None:
         return {}
     report = {
-        "scores": score_records(gathered, metric),
+        "scores": score_records(gathered, metric, described.max_clicks),
         "protocol": asdict(described),
+        **_endings(gathered),
         "dataset": dataset.describe(),
         "seconds": round(time.monotonic() - started, 2),
     }
-    _write(output, {**report, "predictions": gathered})
+    write_json(output, {**report, "predictions": gathered})
     return report
 
 
-def score_records(records: Sequence[dict[str, Any]], metric: str) -> dict[str, float]:
-    """Scores of written records; the order does not matter and repeats count once."""
+def score_records(records: Sequence[dict[str, Any]], metric: str, max_clicks: int = 0) -> dict[str, float]:
+    """Scores of written records; the order does not matter and repeats count once.
+
+    Args:
+        records: as `evaluate` writes them.
+        metric: protocol.
+        max_clicks: where they hold episodes of a click policy, the bound of these, which are scored too.
+    """
+    from mmseg_llm.metrics.interactive import InteractiveSegmentation
     from mmseg_llm.metrics.referring import ReferringSegmentation
-    from mmseg_llm.structures import Mask, Query
 
     scorer = ReferringSegmentation(metric, sync_on_compute=False)  # the records are all here already
+    episodes = InteractiveSegmentation(max_clicks, sync_on_compute=False) if max_clicks else None
     for record in records:
-        prediction = Prediction.from_json(record)
-        truth = record["target"]
-        masks = tuple(Mask.from_coco(mask, prediction.size) for mask in truth["masks"])
-        boxes = None if truth["boxes"] is None else tuple(tuple(box) for box in truth["boxes"])
-        scorer.update(prediction, Query(text=prediction.query, masks=masks, boxes=boxes, id=prediction.query_id))  # type: ignore[arg-type]
-    return scorer.compute()
+        prediction, query = read_record(record)
+        scorer.update(prediction, query)
+        if episodes is not None:
+            episodes.update(prediction, query)
+    return scorer.compute() | (episodes.compute() if episodes is not None else {})
+
+
+def read_record(record: dict[str, Any]) -> tuple[Prediction, Query]:
+    """A prediction with its label, inverse of `record_of`."""
+    from mmseg_llm.structures import Query
+
+    prediction, truth = Prediction.from_json(record), record["target"]
+    ignore = truth.get("ignore")
+    return prediction, Query(
+        text=prediction.query,
+        masks=tuple(Mask.from_coco(mask, prediction.size) for mask in truth["masks"]),
+        boxes=None if truth["boxes"] is None else tuple(tuple(box) for box in truth["boxes"]),  # type: ignore[misc]
+        id=prediction.query_id,
+        ignore=None if ignore is None else Mask.from_coco(ignore, prediction.size),
+    )
+
+
+def _endings(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How often the episodes of a click policy ended for each reason, and how its answers were read."""
+    endings = Counter(record["stop"] for record in records if record.get("stop"))
+    answers = Counter(
+        step["status"] for record in records for step in record.get("trajectory", ()) if step.get("status")
+    )
+    return {"endings": dict(endings), "answers": dict(answers)} if endings else {}
 
 
 def score_file(path: Path, metric: str | None = None) -> dict[str, Any]:
@@ -153,32 +255,49 @@ def score_file(path: Path, metric: str | None = None) -> dict[str, Any]:
     """
     from mmseg_llm.metrics.protocols import describe_protocol
 
+    content = _read(path)
+    records, protocol = content["predictions"], content["protocol"]
+    metric = metric or protocol["metric"]
+    protocol |= {"metric": metric, "rules": describe_protocol(metric)}
+    scores = score_records(records, metric, protocol.get("max_clicks", 0))
+    return {"scores": scores, "protocol": protocol, **_endings(records)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a predictions file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        records, protocol = content["predictions"], content["protocol"]
+        content["predictions"], content["protocol"]
     except FileNotFoundError as error:
         raise ValueError(f"no file '{path}'; give the output of an evaluation") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no predictions file ({error}); write one with mmseg-llm evaluate") from error
-    metric = metric or protocol["metric"]
-    protocol |= {"metric": metric, "rules": describe_protocol(metric)}
-    return {"scores": score_records(records, metric), "protocol": protocol}
+    return content
 
 
 def format_report(report: dict[str, Any]) -> str:
     """The scores with the protocol beside them, as plain text."""
     lines = [f"{name:>16}  {value:.4f}" if isinstance(value, float) and not name.startswith("num_")
              else f"{name:>16}  {int(value)}" for name, value in report["scores"].items()]  # fmt: skip
-    lines += [f"{name:>16}: {value}" for name, value in report["protocol"].items()]
+    lines += [f"{name:>16}: {value}" for name, value in report["protocol"].items() if value not in ("", 0)]
+    for name in ("endings", "answers"):
+        if name in report:
+            lines.append(f"{name:>16}: " + ", ".join(f"{count} {kind}" for kind, count in report[name].items()))
     return "\n".join(lines)
 
 
-def _record(prediction: Prediction, query: Query) -> dict[str, Any]:
+def record_of(prediction: Prediction, query: Query) -> dict[str, Any]:
+    """A prediction with its label, for JSON.
+
+    Raises:
+        ValueError: for a query without label.
+    """
     if query.masks is None:
         raise ValueError(f"query '{query.text}' ({query.id}) has no mask label; evaluate a labelled dataset")
     truth = {
         "masks": [mask.to_coco() for mask in query.masks],
         "boxes": None if query.boxes is None else [list(box) for box in query.boxes],
+        **({} if query.ignore is None else {"ignore": query.ignore.to_coco()}),
     }
     return {**prediction.to_json(), "target": truth}
 
@@ -202,7 +321,8 @@ def _gather(records: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]
     return sorted(records, key=lambda record: (record["sample_id"], record["query_id"]))
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is never seen half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

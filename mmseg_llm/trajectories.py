@@ -119,7 +119,9 @@ def record_dataset(
     done: dict[str, int] = {}
     for trajectory in present:
         done[str(trajectory.image)] = done.get(str(trajectory.image), 0) + 1
-    indices = [index for index in range(len(dataset)) if not done or _is_open(dataset, index, done, rules.random_starts or 1)]
+    indices = [
+        index for index in range(len(dataset)) if not done or _is_open(dataset, index, done, rules.random_starts or 1)
+    ]
     counts = {"objects": 0, "present": len(present), "without_target": 0, "iou": 0.0, "clicks": 0.0}
     with output.open("a", encoding="utf-8") as file:
         for index, lines in track(
@@ -142,14 +144,19 @@ def record_dataset(
 
 
 def _present(output: Path) -> list[Trajectory]:
-    """What an earlier call wrote; a last line that was cut off is taken away."""
-    if not output.is_file():
+    """What an earlier call wrote."""
+    return list(read_trajectories(output)) if whole_lines(output) else []
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that may have been left in the middle of one, whose piece is taken away; none without a file."""
+    if not path.is_file():
         return []
-    content = output.read_bytes()
+    content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) != len(content):
-        output.write_bytes(whole)
-    return list(read_trajectories(output))
+        path.write_bytes(whole)
+    return whole.decode("utf-8").splitlines()
 
 
 def _is_open(dataset: SampleDataset, index: int, done: dict[str, int], per_object: int) -> bool:

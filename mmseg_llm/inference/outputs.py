@@ -1,39 +1,45 @@
-"""What `predict` leaves behind: overlays, masks, and one COCO file over all images."""
+"""What `predict` leaves behind: overlays, masks, episodes of clicks, and files for annotation tools over all images."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from mmseg_llm.inference.annotations import to_coco_file, to_label_studio, write_label_studio
+from mmseg_llm.inference.episodes import filmstrip, save_animation
 from mmseg_llm.inference.visualize import write_outputs
 from mmseg_llm.structures import Prediction
 
 
 def write_predictions(
-    answers: Iterable[list[Prediction]], files: Sequence[Path], folder: Path
+    answers: Iterable[list[Prediction]], files: Sequence[Path], folder: Path, label_studio: str | None = None
 ) -> Iterator[list[Prediction]]:
-    """Write each image's predictions as they come and pass them on; `predictions.json` (COCO) is written at the end.
+    """Write each image's predictions as they come and pass them on; files over all images are written at the end.
+
+    These are `predictions.json` (COCO, with the clicks of click policies) and, on demand, `label_studio.json`. The episode of a
+    click policy is drawn as a film strip (`..._clicks.jpg`) and an animation (`..._clicks.gif`).
 
     Args:
         answers: predictions per image, in the order of `files`.
         files: the images.
         folder: to write into.
+        label_studio: address that Label Studio finds the images at, such as `/data/local-files/?d=`; None writes no such file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id, (path, predictions) in enumerate(zip(files, answers, strict=True), 1):
-        height, width = predictions[0].size
-        images.append({"id": image_id, "file_name": path.name, "height": height, "width": width})
+    kept: list[list[Prediction]] = []
+    for path, predictions in zip(files, answers, strict=True):
         stem = path.stem if sum(other.stem == path.stem for other in files) == 1 else path.name.replace(".", "_")
-        write_outputs(predictions, folder, stem)
-        for prediction in predictions:
-            entry = prediction.to_coco(image_id)
-            annotations.append({"id": len(annotations) + 1, "iscrowd": 0, "exists": prediction.exists, **entry})
+        masks = write_outputs(predictions, folder, stem)[1:]
+        for prediction, mask in zip(predictions, masks, strict=True):
+            if prediction.trajectory:
+                name = mask.name.removesuffix("_mask.png")
+                filmstrip(prediction).convert("RGB").save(folder / f"{name}_clicks.jpg", quality=92)
+                save_animation(prediction, folder / f"{name}_clicks.gif")
+        kept.append([replace(prediction, image=None, mask_logits=None) for prediction in predictions])
         yield predictions
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "referred"}]}
-    temporary = folder / ".predictions.json"
-    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(folder / "predictions.json")
+    names = [path.name for path in files]
+    to_coco_file(kept, names, folder / "predictions.json")
+    if label_studio is not None:
+        tasks = to_label_studio(kept, [label_studio + name for name in names])
+        write_label_studio(tasks, folder / "label_studio.json")

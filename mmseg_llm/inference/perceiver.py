@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmseg_llm.geometry import load_image
 from mmseg_llm.segmenters import refine_predictions
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from mmseg_llm.heads.all_mask.conversation import Conversation
+    from mmseg_llm.masks import Mask
     from mmseg_llm.model import PerceptionModel
-    from mmseg_llm.segmenters import Refiner
+    from mmseg_llm.segmenters import Environment, Refiner
 
 
 class Perceiver:
@@ -57,6 +59,21 @@ class Perceiver:
             cast(model, getattr(torch, dtype))
         return cls(model.to(device), refiner)
 
+    def click_on(self, environment: Environment, head: str | None = None) -> None:
+        """Give a click policy another segmenter to click on.
+
+        Args:
+            environment: such as `segmenters.SamEnvironment`.
+            head: name of the policy; the first head when None.
+
+        Raises:
+            ValueError: if the head does not click.
+        """
+        policy: Any = self.model.head(head)
+        if not hasattr(policy, "environment"):
+            raise ValueError(f"head '{policy.name}' does not click; leave out the environment")
+        policy.environment = environment
+
     def predict(
         self,
         image: str | Path | Image.Image,
@@ -64,6 +81,7 @@ class Perceiver:
         *,
         head: str | None = None,
         protocol: str | None = None,
+        start: Sequence[Mask] | Mask | None = None,
     ) -> list[Prediction]:
         """Answer queries about one image; N queries give N predictions in order.
 
@@ -72,12 +90,20 @@ class Perceiver:
             queries: expressions such as `"the red cube"`.
             head: name of the head; the first one when None.
             protocol: way of predicting, see the head's `protocols`; its first one when None.
+            start: masks that a click policy goes on from, one per query, such as those another head predicted.
 
         Raises:
-            ValueError: for an image that cannot be read or an empty query.
+            ValueError: for an image that cannot be read, an empty query, or another number of masks than queries.
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
-        return next(iter(self.predict_many([(image, texts)], head=head, protocol=protocol)))
+        sample = _sample(image, texts, 0)
+        if start is not None:
+            masks = list(start) if isinstance(start, Sequence) else [start]
+            if len(masks) != len(texts):
+                raise ValueError(f"{len(masks)} start masks for {len(texts)} queries; give one mask per query")
+            queries_from = tuple(replace(q, start=mask) for q, mask in zip(sample.queries, masks, strict=True))
+            sample = replace(sample, queries=queries_from)
+        return next(self._answer([sample], head, protocol))
 
     def converse(self, image: str | Path | Image.Image, *, head: str | None = None) -> Conversation:
         """A conversation about one image, with heads that hold one: `.ask(text)` gives words and masks.

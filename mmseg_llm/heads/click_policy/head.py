@@ -226,7 +226,7 @@ class ClickPolicyHead(Head):
             ValueError: without an environment, for `oracle_best` without labels, or for estimates where there are none.
         """
         self.check_protocol(protocol)
-        environment = self._environment()
+        environment = self.click_environment()
         if protocol in {"reward_selected", "search"} and not self.with_iou:
             raise ValueError(f"protocol '{protocol}' needs a policy that estimates the IoU; with_iou is false")
         if protocol == "search":
@@ -264,7 +264,12 @@ class ClickPolicyHead(Head):
             found += [reply.action.iou for (reply,) in replies]
         return found
 
-    def _environment(self) -> Environment:
+    def click_environment(self) -> Environment:
+        """The segmenter that is clicked on.
+
+        Raises:
+            ValueError: if there is none.
+        """
         if self.environment is None:
             raise ValueError(
                 f"head '{self.name}' has nothing to click on; set model.heads.{self.name}.init_args.environment, or pass "

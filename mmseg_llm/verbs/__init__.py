@@ -1,0 +1,1 @@
+"""The verbs of the command line; their signatures are schema and help."""

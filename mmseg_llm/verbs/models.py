@@ -1,0 +1,171 @@
+"""Verbs about trained models: evaluate, score, predict, bench, doctor.
+
+Heavy libraries are imported inside the verbs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def evaluate(
+    *,
+    checkpoint: Path,
+    data: Path,
+    output: Path,
+    protocol: str = "generate",
+    split: Literal["train", "val", "test"] = "test",
+    head: str | None = None,
+    metric: str | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    max_samples: int | None = None,
+    refiner: Path | None = None,
+    environment: Path | None = None,
+    start: Path | None = None,
+) -> None:
+    """Score a checkpoint on a dataset; writes scores, protocol and every prediction as RLE.
+
+    Args:
+        checkpoint: run folder.
+        data: data config (configs/data/*.yaml).
+        output: JSON file to write.
+        protocol: how the head answers: generate, official, and per_expression (mask_decoder), force_segment (all_mask), or
+            reward_selected, search and oracle_best (click_policy).
+        split: which dataset of the data config.
+        head: name of the head; the first one by default.
+        metric: rules of the metric; by default clean, or the reference's own with protocol official.
+        batch_size: images at once; the scores do not depend on it.
+        device: cpu, cuda, ...; a GPU where there is one by default.
+        max_samples: score the first images only.
+        refiner: config of what sharpens the masks (configs/segmenters/*.yaml).
+        environment: config of what a click policy clicks on, other than in its training (configs/environments/*.yaml).
+        start: predictions file of any head whose masks a click policy goes on from.
+    """
+    from mmseg_llm.configuration import read_data, read_environment, read_refiner
+    from mmseg_llm.data.base import Subset
+    from mmseg_llm.evaluation import evaluate as run
+    from mmseg_llm.evaluation import format_report
+    from mmseg_llm.inference.perceiver import Perceiver
+
+    sharpen = None if refiner is None else read_refiner(refiner)
+    perceiver = Perceiver.from_pretrained(checkpoint, device=device)
+    if environment is not None:
+        perceiver.click_on(read_environment(environment), head)
+    dataset = read_data(data).dataset(split)
+    if max_samples is not None:
+        dataset = Subset(dataset, max_samples)
+    report = run(
+        *(perceiver.model, dataset, output),
+        protocol=protocol,
+        head=head,
+        batch_size=batch_size,
+        metric=metric,
+        refiner=sharpen,
+        start=start,
+    )
+    if report:
+        print(format_report(report))
+        print(f"{'written':>16}: {output}")
+
+
+def score(*, predictions: Path, metric: str | None = None) -> None:
+    """Compute the scores of a predictions file again.
+
+    Args:
+        predictions: file written by evaluate.
+        metric: other rules than those of the file.
+    """
+    from mmseg_llm.evaluation import format_report, score_file
+
+    print(format_report(score_file(predictions, metric)))
+
+
+def predict(
+    *,
+    checkpoint: Path,
+    image: Path,
+    query: list[str],
+    output: Path,
+    head: str | None = None,
+    protocol: str | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    refiner: Path | None = None,
+    environment: Path | None = None,
+    label_studio: str | None = None,
+) -> None:
+    """Answer queries about an image or a folder of images: overlays, mask PNGs and one COCO JSON.
+
+    Args:
+        checkpoint: run folder.
+        image: file or folder.
+        query: expression, such as "the red cube"; repeat --query for more.
+        output: folder to write.
+        head: name of the head; the first one by default.
+        protocol: how the head answers; its first way by default.
+        batch_size: images at once.
+        device: cpu, cuda, ...; a GPU where there is one by default.
+        refiner: config of what sharpens the masks (configs/segmenters/*.yaml).
+        environment: config of what a click policy clicks on, other than in its training (configs/environments/*.yaml).
+        label_studio: also write pre-annotations for Label Studio, which finds the images here, such as /data/local-files/?d=.
+    """
+    from mmseg_llm.configuration import read_environment, read_refiner
+    from mmseg_llm.inference.outputs import write_predictions
+    from mmseg_llm.inference.perceiver import Perceiver
+
+    for text in query:
+        if not text.strip(" ."):
+            raise ValueError(f"query {text!r} is empty; give an expression such as 'the red cube'")
+    files = sorted(p for p in image.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if image.is_dir() else [image]
+    if not files:
+        raise ValueError(f"folder {image} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    sharpen = None if refiner is None else read_refiner(refiner)
+    perceiver = Perceiver.from_pretrained(checkpoint, device=device, refiner=sharpen)
+    if environment is not None:
+        perceiver.click_on(read_environment(environment), head)
+    requests = ((path, query) for path in files)
+    answers = perceiver.predict_many(requests, head=head, protocol=protocol, batch_size=batch_size)
+    for path, predictions in zip(files, write_predictions(answers, files, output, label_studio), strict=True):
+        for item in predictions:
+            found = f"{item.mask.area if item.mask else 0} px" if item.exists else "no target"
+            print(f"{path.name}: {item.query}: {found}, score {item.score:.3f}")
+    print(f"written: {output}")
+
+
+def bench(
+    *,
+    checkpoint: Path | None = None,
+    images: int = 16,
+    queries: int = 6,
+    level: str = "flat-96",
+    output: Path | None = None,
+    threads: int = 0,
+    backbone: str = "internvl-tiny",
+    head: Literal["mask_decoder", "all_mask"] = "mask_decoder",
+) -> None:
+    """Time the parts and compare shared-prefix inference with one expression at a time and with STAMP's own flow.
+
+    Args:
+        checkpoint: run folder; an untrained tiny model by default.
+        images: synthetic images timed.
+        queries: expressions per image.
+        level: of the synthetic scenes.
+        output: JSON file to write.
+        threads: CPU threads; 0 takes all cores.
+        backbone: tiny size of the untrained model.
+        head: of the untrained model.
+    """
+    from mmseg_llm.bench import run_bench
+
+    run_bench(checkpoint, images, queries, level, output, threads, backbone, head)
+
+
+def doctor() -> None:
+    """Print versions, hardware and which optional parts are missing."""
+    from mmseg_llm.doctor import report
+
+    print(report())
