@@ -27,6 +27,7 @@ def experiment_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config")
     parser.add_argument("--seed_everything", type=int)
     parser.add_argument("--output", type=str)
+    parser.add_argument("--monitor", type=str)
     parser.add_class_arguments(PerceptionModule, "model", sub_configs=True)
     parser.add_class_arguments(PerceptionDataModule, "data", sub_configs=True)
     parser.add_class_arguments(Trainer, "trainer", sub_configs=True)
