@@ -129,9 +129,6 @@ def run_bench(
     Raises:
         ValueError: without images or queries, or for an unknown model.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from mmseg_llm.inference.perceiver import Perceiver
     from mmseg_llm.training.callbacks import hardware
 
@@ -141,9 +138,33 @@ def run_bench(
     if threads:
         torch.set_num_threads(threads)
     model = Perceiver.from_pretrained(checkpoint).model if checkpoint else untrained_model(backbone, head)
-    report = measure(model, scenes(level, images, queries))
+    is_clicking = hasattr(model.head(), "click_environment")
+    if is_clicking:
+        from mmseg_llm import bench_clicks
+
+        report = bench_clicks.measure(model, scenes(level, images, queries))
+    else:
+        report = measure(model, scenes(level, images, queries))
     report |= {"images": images, "queries_per_image": queries, "level": level, "hardware": hardware()}
     report["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if is_clicking:
+        bench_clicks.print_report(
+            report, f"{model.head().name}: {images} images, {report['hardware']}, {report['dtype']}"
+        )
+    else:
+        _print(model, report)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return report
+
+
+def _print(model: PerceptionModel, report: dict[str, Any]) -> None:
+    """The times as a table, and what they mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    images, queries = report["images"], report["queries_per_image"]
     table = Table(
         title=f"{model.head().name}: {images} images x {queries} expressions, {report['hardware']}, {report['dtype']}"
     )
@@ -159,7 +180,3 @@ def run_bench(
         f"{report['masks_drawn']} of {images * queries} masks are not empty; lowest IoU between all flows "
         f"{report['lowest_iou']:.6f}"
     )
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return report

@@ -207,20 +207,26 @@ def score_records(records: Sequence[dict[str, Any]], metric: str, max_clicks: in
 
     Args:
         records: as `evaluate` writes them.
-        metric: protocol.
+        metric: protocol; `interactive` scores episodes of clicks only.
         max_clicks: where they hold episodes of a click policy, the bound of these, which are scored too.
     """
     from mmseg_llm.metrics.interactive import InteractiveSegmentation
     from mmseg_llm.metrics.referring import ReferringSegmentation
 
-    scorer = ReferringSegmentation(metric, sync_on_compute=False)  # the records are all here already
-    episodes = InteractiveSegmentation(max_clicks, sync_on_compute=False) if max_clicks else None
+    scorers: list[Any] = []  # the records are all here already
+    if metric != "interactive":
+        scorers.append(ReferringSegmentation(metric, sync_on_compute=False))
+    if max_clicks:
+        scorers.append(InteractiveSegmentation(max_clicks, sync_on_compute=False))
+    if not records or not scorers:
+        raise ValueError(
+            "there is nothing to score; give predictions of a labelled dataset, with episodes for 'interactive'"
+        )
     for record in records:
         prediction, query = read_record(record)
-        scorer.update(prediction, query)
-        if episodes is not None:
-            episodes.update(prediction, query)
-    return scorer.compute() | (episodes.compute() if episodes is not None else {})
+        for scorer in scorers:
+            scorer.update(prediction, query)
+    return {name: value for scorer in scorers for name, value in scorer.compute().items()}
 
 
 def read_record(record: dict[str, Any]) -> tuple[Prediction, Query]:
@@ -258,7 +264,8 @@ def score_file(path: Path, metric: str | None = None) -> dict[str, Any]:
     content = _read(path)
     records, protocol = content["predictions"], content["protocol"]
     metric = metric or protocol["metric"]
-    protocol |= {"metric": metric, "rules": describe_protocol(metric)}
+    if metric != "interactive":
+        protocol |= {"metric": metric, "rules": describe_protocol(metric)}
     scores = score_records(records, metric, protocol.get("max_clicks", 0))
     return {"scores": scores, "protocol": protocol, **_endings(records)}
 

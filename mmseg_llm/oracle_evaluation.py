@@ -1,4 +1,4 @@
-"""What an environment is worth: the click oracle plays every object of a dataset, and the masks after each click are scored.
+"""What an environment is worth: an oracle, or a baseline, clicks on every object of a dataset, and all masks are scored.
 
 The standard protocol of interactive segmentation (NoC, IoU after k clicks; SegAgent specification section 8): a click that does
 not help ends nothing, unlike in recorded trajectories, which would make NoC too high. The score is computed from the very records
@@ -9,17 +9,18 @@ Legend: H W pixels.
 
 from __future__ import annotations
 
-import json
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mmseg_llm.evaluation import record_of, score_records, write_json
 from mmseg_llm.masks import Mask
-from mmseg_llm.segmenters.oracle import ClickRule, next_click
+from mmseg_llm.segmenters.oracle import next_click
 from mmseg_llm.structures import Click, PolicyStep, Prediction, Query, Sample
 
 if TYPE_CHECKING:
@@ -27,22 +28,33 @@ if TYPE_CHECKING:
     from mmseg_llm.segmenters.environment import Environment, Observation
 
 
-def measure_oracle(
+Clicker = Literal["oracle", "random", "centre"]
+CLICKERS: dict[str, str] = {
+    "oracle": "oracle (rule clean), clicks until nothing is wrong",
+    "random": "random pixels with random signs",
+    "centre": "one positive click at the centre of the image",
+}
+
+
+def measure_clicks(
     environment: Environment,
     dataset: SampleDataset,
+    *,
+    clicker: Clicker = "oracle",
     max_clicks: int = 20,
     batch_size: int = 16,
-    rule: ClickRule = "clean",
+    seed: int = 0,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Let the oracle click on every labelled object, write `output` (JSON) and return the report without the episodes.
+    """Click on every labelled object, write `output` (JSON) and return the report without the episodes.
 
     Args:
         environment: segmenter that is clicked on.
         dataset: labelled samples; a query's `start` is what its episode starts from, its `ignore` is nowhere wrong.
+        clicker: who clicks, see `CLICKERS`.
         max_clicks: on each object.
         batch_size: images whose episodes run in lock-step; does not change the result.
-        rule: of the oracle, see `next_click`.
+        seed: of random clicks, which are the same for an object whatever is clicked beside it.
         output: file to write; it is replaced only when all is done.
 
     Returns:
@@ -56,22 +68,25 @@ def measure_oracle(
 
     from mmseg_llm.metrics.interactive import describe_interactive
 
+    if clicker not in CLICKERS:
+        raise ValueError(f"clicker is '{clicker}'; use one of {', '.join(CLICKERS)}")
     if max_clicks < 1 or batch_size < 1:
         raise ValueError(f"max_clicks is {max_clicks} and batch_size {batch_size}; both must be at least 1")
     started, clock = time.monotonic(), _Clock()
     records = []
     for start in track(range(0, len(dataset), batch_size), description="clicking", transient=True):
         samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-        for prediction, query in play(environment, samples, max_clicks, rule, clock):
-            records.append(_record(prediction, query))
+        for prediction, query in play(environment, samples, max_clicks, clicker, seed, clock):
+            records.append(record_of(prediction, query))
     report = {
-        "scores": score_episode_records(records, max_clicks),
+        "scores": score_records(records, "interactive", max_clicks),
         "protocol": {
-            "predict": f"oracle (rule {rule}), clicks until nothing is wrong",
+            "predict": CLICKERS[clicker],
             "metric": "interactive",
             "rules": describe_interactive(max_clicks),
             "dataset": dataset.name,
             "environment": describe_environment(environment),
+            "max_clicks": max_clicks,
         },
         "dataset": dataset.describe(),
         "seconds": round(time.monotonic() - started, 2),
@@ -79,14 +94,19 @@ def measure_oracle(
     }
     if output is not None:
         records.sort(key=lambda record: (record["sample_id"], record["query_id"]))
-        _write(output, {**report, "predictions": records})
+        write_json(output, {**report, "predictions": records})
     return report
 
 
 def play(
-    environment: Environment, samples: Sequence[Sample], max_clicks: int, rule: ClickRule, clock: _Clock | None = None
+    environment: Environment,
+    samples: Sequence[Sample],
+    max_clicks: int,
+    clicker: Clicker = "oracle",
+    seed: int = 0,
+    clock: _Clock | None = None,
 ) -> Iterator[tuple[Prediction, Query]]:
-    """The episodes of all queries of a few samples, in lock-step: every mask, and why the oracle stopped.
+    """The episodes of all queries of a few samples, in lock-step: every mask, and why they stopped.
 
     Raises:
         ValueError: for a query without label, or whose masks have another size than the image.
@@ -105,7 +125,7 @@ def play(
     for episode, (shown, state) in zip(episodes, begun, strict=True):
         episode.see(shown, state)
     for _ in range(max_clicks):
-        asked = [(episode, episode.next_click(rule)) for episode in episodes if not episode.is_over]
+        asked = [(episode, episode.next_click(clicker, seed)) for episode in episodes if not episode.is_over]
         going = [(episode, click) for episode, click in asked if click is not None]
         if not going:
             break
@@ -115,25 +135,6 @@ def play(
         for (episode, click), (shown, state) in zip(going, shown_after, strict=True):
             episode.see(shown, state, click)
     yield from ((episode.prediction(), episode.query) for episode in episodes)
-
-
-def score_episode_records(records: Sequence[dict[str, Any]], max_clicks: int) -> dict[str, float]:
-    """Scores of written episodes; the order does not matter and repeats count once.
-
-    Raises:
-        ValueError: if there are none, or one is malformed.
-    """
-    from mmseg_llm.metrics.interactive import InteractiveSegmentation
-
-    if not records:
-        raise ValueError("there are no episodes to score; give a dataset with queries")
-    scorer = InteractiveSegmentation(max_clicks, sync_on_compute=False)  # the records are all here already
-    for record in records:
-        prediction, truth = Prediction.from_json(record), record["target"]
-        masks = tuple(Mask.from_coco(mask, prediction.size) for mask in truth["masks"])
-        ignore = None if truth["ignore"] is None else Mask.from_coco(truth["ignore"], prediction.size)
-        scorer.update(prediction, Query(prediction.query, masks=masks, id=prediction.query_id, ignore=ignore))
-    return scorer.compute()
 
 
 def describe_environment(environment: Environment) -> str:
@@ -195,12 +196,18 @@ class _Episode:
         self.mask, self.state = shown.mask, state
         self.steps.append(PolicyStep(click, Mask.from_array(shown.mask)))
 
-    def next_click(self, rule: ClickRule) -> Click | None:
-        """The oracle's click; None, and the end, where nothing is wrong any more."""
-        click = None
-        if ((self.wanted ^ self.mask) & ~self.ignored).any():
-            used = [step.click for step in self.steps if step.click is not None]
-            click = next_click(self.wanted, self.mask, ignore=self.ignored, clicked=used, rule=rule)
+    def next_click(self, clicker: Clicker, seed: int) -> Click | None:
+        """What is clicked next; None, and the end, where the oracle finds nothing wrong and behind the one central click."""
+        click, (height, width) = None, self.wanted.shape
+        used = [step.click for step in self.steps if step.click is not None]
+        if clicker == "random":
+            name = zlib.crc32(f"{self.sample.id}\n{self.query.id or self.index}".encode())
+            row, col, sign = np.random.default_rng([seed, name, len(used)]).random(3)
+            click = Click(int(row * height), int(col * width), bool(sign < 0.5))
+        elif clicker == "centre":
+            click = None if used else Click(height // 2, width // 2, True)
+        elif ((self.wanted ^ self.mask) & ~self.ignored).any():
+            click = next_click(self.wanted, self.mask, ignore=self.ignored, clicked=used, rule="clean")
         self.is_over = click is None
         return click
 
@@ -209,20 +216,3 @@ class _Episode:
         stop = "nothing_wrong" if self.is_over else "max_clicks"
         mask = self.steps[-1].mask
         return Prediction.answering(self.sample, self.index, mask, trajectory=tuple(self.steps), stop=stop)
-
-
-def _record(prediction: Prediction, query: Query) -> dict[str, Any]:
-    """An episode with its ground truth, for JSON."""
-    truth = {
-        "masks": [mask.to_coco() for mask in query.masks or ()],
-        "boxes": None if query.boxes is None else [list(box) for box in query.boxes],
-        "ignore": None if query.ignore is None else query.ignore.to_coco(),
-    }
-    return {**prediction.to_json(), "target": truth}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)

@@ -80,6 +80,7 @@ def record_sample(sample: Sample, environment: Environment, rules: Rules) -> lis
                 environment,
                 image,
                 target,
+                ignore=query.ignore,
                 max_clicks=rules.max_clicks,
                 iou_threshold=rules.iou_threshold,
                 min_gain=rules.min_gain,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmseg_llm.cli import main
 from mmseg_llm.data import SampleDataset
-from mmseg_llm.evaluation import format_report
+from mmseg_llm.evaluation import format_report, score_file, score_records
 from mmseg_llm.masks import Mask
-from mmseg_llm.oracle_evaluation import measure_oracle, play, score_episode_records
+from mmseg_llm.oracle_evaluation import measure_clicks, play
 from mmseg_llm.segmenters.fakes import DisksEnvironment, TargetDisksEnvironment
 from mmseg_llm.segmenters.oracle import next_click
 from mmseg_llm.structures import Prediction, Query, Sample
@@ -64,7 +63,7 @@ def one_by_one(environment, sample, index, max_clicks):
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_lock_step_equals_the_plain_loop(batch_size, tmp_path):
     environment, output = DisksEnvironment(4, 2), tmp_path / "deep" / "o.json"
-    report = measure_oracle(environment, Disks(), 6, batch_size, output=output)
+    report = measure_clicks(environment, Disks(), max_clicks=6, batch_size=batch_size, output=output)
     content = json.loads(output.read_text())
     found = {(r["sample_id"], r["query_id"]): Prediction.from_json(r) for r in content["predictions"]}
     assert len(found) == report["scores"]["num_episodes"] == 6 and list(tmp_path.rglob("*.part")) == []
@@ -82,12 +81,12 @@ def test_lock_step_equals_the_plain_loop(batch_size, tmp_path):
         assert report["scores"][f"mIoU@{k}"] == pytest.approx(np.mean(ious, 0)[k])
     first = [next((k for k in range(1, 7) if iou[k] >= 0.8), 6) for iou in ious]
     assert report["scores"]["NoC@80"] == np.mean(first) and "mIoU@7" not in report["scores"]
-    assert content["scores"] == score_episode_records(content["predictions"][::-1], 6)
+    assert content["scores"] == score_records(content["predictions"][::-1], "interactive", 6)
 
 
 def test_clicks_go_on_without_gain():
     """Disks of one pixel that are set only: each click adds a pixel, and negative ones do nothing."""
-    report = measure_oracle(DisksEnvironment(0.5, 0.5), Disks(), 9)
+    report = measure_clicks(DisksEnvironment(0.5, 0.5), Disks(), max_clicks=9)
     assert report["scores"]["clicks"] == 9 and report["scores"]["failures@80"] == 6
     assert report["scores"]["NoC@80"] == 9
 
@@ -113,7 +112,7 @@ def test_given_masks_ignored_pixels_and_missing_targets():
             return replace(query, start=query.masks[0])
         return replace(query, ignore=border)
 
-    report = measure_oracle(DisksEnvironment(6.2, 3), Disks(change), 5)
+    report = measure_clicks(DisksEnvironment(6.2, 3), Disks(change), max_clicks=5)
     assert report["scores"]["mIoU@0"] == 0.5, "one of two begins with a perfect mask"
     assert report["scores"]["worse"] == 0.0
     found = list(play(DisksEnvironment(6, 3), list(Disks(change)), 5, "clean"))
@@ -123,12 +122,12 @@ def test_given_masks_ignored_pixels_and_missing_targets():
         else:
             clicks = [step.click for step in prediction.trajectory[1:]]
             assert clicks and not any(border.array[click.row, click.col] for click in clicks)
-    empty = measure_oracle(DisksEnvironment(6, 3), Disks(lambda query: replace(query, masks=())), 2)
+    empty = measure_clicks(DisksEnvironment(6, 3), Disks(lambda query: replace(query, masks=())), max_clicks=2)
     assert (empty["scores"]["num_episodes"], empty["scores"]["num_without_target"]) == (0, 6)
 
 
 def test_the_report_says_how():
-    report = measure_oracle(DisksEnvironment(4, 2), Disks(), 3)
+    report = measure_clicks(DisksEnvironment(4, 2), Disks(), max_clicks=3)
     text = format_report(report)
     assert "environment: DisksEnvironment(positive_radius=4, negative_radius=2)" in text
     assert "at most 3 clicks" in text and "dataset: disks" in text and "num_episodes  6\n" in text
@@ -139,33 +138,46 @@ def test_what_is_refused():
     environment = DisksEnvironment(4, 2)
     for arguments in ({"max_clicks": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="both must be at least 1"):
-            measure_oracle(environment, Disks(), **arguments)
+            measure_clicks(environment, Disks(), **arguments)
     with pytest.raises(ValueError, match="has no mask label"):
-        measure_oracle(environment, Disks(lambda query: replace(query, masks=None)))
-    with pytest.raises(ValueError, match="rule is 'none'"):
-        measure_oracle(environment, Disks(), rule="none")
-    with pytest.raises(ValueError, match="no episodes to score; give a dataset"):
-        score_episode_records([], 3)
+        measure_clicks(environment, Disks(lambda query: replace(query, masks=None)))
+    with pytest.raises(ValueError, match="clicker is 'me'; use one of oracle, random, centre"):
+        measure_clicks(environment, Disks(), clicker="me")
+    with pytest.raises(ValueError, match="nothing to score; give predictions"):
+        score_records([], "interactive", 3)
 
 
-@pytest.fixture
-def tool():
-    path = Path(__file__).parent.parent / "tools" / "measure_environment.py"
-    spec = importlib.util.spec_from_file_location("measure_environment", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_baselines():
+    """Random clicks are the same however they are batched; the centre is clicked once."""
+    environment = DisksEnvironment(6, 3)
+    scores = {
+        (clicker, batch): measure_clicks(environment, Disks(), clicker=clicker, max_clicks=4, batch_size=batch)[
+            "scores"
+        ]
+        for clicker in ("oracle", "random", "centre")
+        for batch in (1, 16)
+    }
+    for clicker in ("oracle", "random", "centre"):
+        assert scores[clicker, 1] == scores[clicker, 16]
+    assert scores["centre", 1]["clicks"] == 1 and scores["random", 1]["clicks"] == 4
+    assert scores["oracle", 1]["mIoU@3"] > scores["random", 1]["mIoU@3"] + 0.2
+    other = measure_clicks(environment, Disks(), clicker="random", max_clicks=4, seed=1)["scores"]
+    assert other["mIoU@3"] != scores["random", 1]["mIoU@3"]
 
 
-def test_tool_on_photographs(shared_data, tool, tmp_path, capsys):
+def test_verb_on_photographs(shared_data, tmp_path, capsys):
     """GrabCut's own data set: a few clicks make good masks, and the file holds the episodes."""
     root = shared_data / "interactive_mini" / "GrabCut"
     if not root.is_dir():
         pytest.skip(f"real data is absent: {root} does not exist")
-    config = Path(__file__).parent.parent / "configs" / "environments" / "grabcut.yaml"
     output = tmp_path / "o.json"
-    tool.main(environment=config, root=root, max_clicks=5, max_samples=3, name="three", output=output)
+    words = ["--environment", "configs/environments/grabcut.yaml", "--root", str(root), "--output", str(output)]
+    assert main(["clicks", "measure", *words, "--max_clicks", "5", "--max_samples", "3"]) == 0
     printed = capsys.readouterr().out
     scores = json.loads(output.read_text())["scores"]
-    assert "dataset: three" in printed and f"mIoU@5  {scores['mIoU@5']:.4f}" in printed and "per click" in printed
+    assert "dataset: GrabCut" in printed and f"mIoU@5  {scores['mIoU@5']:.4f}" in printed and "per click" in printed
     assert scores["mIoU@5"] > 0.7 and scores["num_episodes"] == 3
+    again = score_file(output)
+    assert again["scores"] == scores and again["protocol"]["metric"] == "interactive"
+    assert main(["clicks", "measure", *words[:2]]) == 2
+    assert "give either --root" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 One sample is one step: an image, the mask so far, what the object is called, and what a good annotator does next.
 
-Legend: T trajectories, H W pixels.
+Legend: H W pixels.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, NamedTuple, get_args
-
-import numpy as np
 
 from mmseg_llm.clicks import NextClick, Stop, Trajectory
 from mmseg_llm.data.base import Faults, SampleDataset
@@ -41,10 +39,14 @@ class _Entry(NamedTuple):
     steps: int
     captions: int
     repeat: int
+    has_start: bool
 
 
 class TrajectoryDataset(SampleDataset):
-    """One sample per trajectory and step; its queries are all captions of the object.
+    """One sample per mask so far; its queries are all captions of the object.
+
+    The plain image, which every trajectory without a start mask begins with, is one sample for all objects of the image
+    (`group_first`): it is looked at once, and what tells the objects apart is learnt side by side.
 
     The query of step k starts from the mask before that step (None where it is empty), and its `next_click` is the click of
     that step with the IoU of the mask it was made on. Sample ids are image ids, query ids
@@ -62,6 +64,7 @@ class TrajectoryDataset(SampleDataset):
         final: what to say of the mask after the last step. `finish`: to stop where the trajectory ended with a good mask,
             otherwise only its IoU; `estimate`: only its IoU; `none`: no such sample.
         repeat_first: how many times the first step comes, which is the one that has to find the object.
+        group_first: ask about all objects of an image in one sample where nothing has been clicked yet.
         max_samples: keep the first samples only.
         on_error: `raise` on a malformed trajectory or an unknown image, or `skip` and count it.
         name: by default the stems of the files.
@@ -78,6 +81,7 @@ class TrajectoryDataset(SampleDataset):
         *,
         final: Final = "finish",
         repeat_first: int = 1,
+        group_first: bool = True,
         max_samples: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         name: str | None = None,
@@ -97,10 +101,8 @@ class TrajectoryDataset(SampleDataset):
         faults = Faults(on_error)
         self.skipped = faults.counts
         self._entries = list(self._scan(faults))
-        self._ends = np.cumsum([self._count(entry) for entry in self._entries], dtype=np.int64)  # (T,)
-        total = int(self._ends[-1]) if len(self._ends) else 0
-        self._length = total if max_samples is None else min(total, max_samples)
-        if not self._length:
+        self._items = list(self._arrange(group_first))[:max_samples]
+        if not self._items:
             raise ValueError(
                 f"{', '.join(map(str, self.files))}: no trajectory can be used, left out are {self.skipped}"
             )
@@ -128,32 +130,43 @@ class TrajectoryDataset(SampleDataset):
                     faults.count("without steps")
                 else:
                     repeat = seen[image, object_id] = seen.get((image, object_id), 0) + 1
-                    yield _Entry(file, start, length, image, steps, captions, repeat)
+                    yield _Entry(file, start, length, image, steps, captions, repeat, has_start)
 
-    def _count(self, entry: _Entry) -> int:
-        """Samples of a trajectory: its steps, the first one repeated, and the mask they end with."""
-        first = self.repeat_first - 1 if entry.steps else 0
-        return first + entry.steps + (self.final != "none")
-
-    def _locate(self, index: int) -> tuple[_Entry, int]:
-        """The trajectory of a sample, and its step."""
-        position = range(self._length)[index]
-        number = int(np.searchsorted(self._ends, position, side="right"))
-        entry = self._entries[number]
-        place = position - (int(self._ends[number - 1]) if number else 0)
-        return entry, max(0, place - (self.repeat_first - 1)) if entry.steps else place
+    def _arrange(self, group_first: bool) -> Iterator[tuple[tuple[int, ...], int]]:
+        """The samples in order: the trajectories whose objects are asked about, and the step."""
+        firsts: dict[str, list[int]] = {}
+        for number, entry in enumerate(self._entries):
+            if group_first and entry.steps and not entry.has_start:
+                firsts.setdefault(entry.image, []).append(number)
+        for number, entry in enumerate(self._entries):
+            plain = firsts.get(entry.image, [])
+            if entry.steps and (entry.has_start or not group_first or plain[0] == number):
+                together = tuple(plain) if number in plain else (number,)
+                yield from [(together, 0)] * self.repeat_first
+            yield from (((number,), step) for step in range(1, entry.steps))
+            if self.final != "none":
+                yield (number,), entry.steps
 
     def __len__(self) -> int:
         """Number of samples."""
-        return self._length
+        return len(self._items)
 
     def __getitem__(self, index: int) -> Sample:
-        """The step at `index`.
+        """The mask at `index`.
 
         Raises:
-            ValueError: if the trajectory is malformed, or does not fit its image.
+            ValueError: if a trajectory is malformed, or does not fit its image.
         """
-        entry, step = self._locate(index)
+        numbers, step = self._items[index]
+        found = [self._queries(self._entries[number], step) for number in numbers]
+        size = found[0][0]
+        picture = self._pictures.sample(self._entries[numbers[0]].image, size)
+        queries = tuple(query for _, part in found for query in part)
+        image = self._entries[numbers[0]].image
+        return Sample(picture.image, size, queries, id=image, source=self.name, camera=picture.camera)
+
+    def _queries(self, entry: _Entry, step: int) -> tuple[tuple[int, int], tuple[Query, ...]]:
+        """Size of the image, and what is asked about one object."""
         trajectory, local = self._read(entry, step)
         object_id = f"{trajectory.object_id}" + (f".{entry.repeat}" if entry.repeat > 1 else "")
         start = trajectory.mask_before(local)
@@ -169,8 +182,7 @@ class TrajectoryDataset(SampleDataset):
             )
             for number, caption in enumerate(captions)
         )
-        picture = self._pictures.sample(entry.image, trajectory.size)
-        return Sample(picture.image, trajectory.size, queries, id=entry.image, source=self.name, camera=picture.camera)
+        return trajectory.size, queries
 
     def _read(self, entry: _Entry, step: int) -> tuple[Trajectory, int]:
         """A trajectory without all that a step does not need, which spares decoding it, and the place of the step in it."""
@@ -200,9 +212,9 @@ class TrajectoryDataset(SampleDataset):
 
     def query_counts(self) -> Iterator[tuple[str, int | None]]:
         """Per query: `(image id, 1)`, without decoding masks."""
-        for index in range(len(self)):
-            entry, _ = self._locate(index)
-            yield from ((entry.image, 1) for _ in range(entry.captions))
+        for numbers, _ in self._items:
+            for entry in map(self._entries.__getitem__, numbers):
+                yield from ((entry.image, 1) for _ in range(entry.captions))
 
 
 class _SourceImages:

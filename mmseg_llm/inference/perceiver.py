@@ -59,20 +59,36 @@ class Perceiver:
             cast(model, getattr(torch, dtype))
         return cls(model.to(device), refiner)
 
-    def click_on(self, environment: Environment, head: str | None = None) -> None:
-        """Give a click policy another segmenter to click on.
+    def click_on(
+        self,
+        environment: Environment | None = None,
+        head: str | None = None,
+        *,
+        max_clicks: int | None = None,
+        candidates: int | None = None,
+    ) -> None:
+        """Let a click policy click on another segmenter, or more or less often, than in its training.
 
         Args:
-            environment: such as `segmenters.SamEnvironment`.
+            environment: such as `segmenters.SamEnvironment`; the one of the run when None.
             head: name of the policy; the first head when None.
+            max_clicks: of an episode.
+            candidates: answers tried per mask with protocol `search`.
 
         Raises:
-            ValueError: if the head does not click.
+            ValueError: if the head does not click, or a number is out of range.
         """
         policy: Any = self.model.head(head)
-        if not hasattr(policy, "environment"):
-            raise ValueError(f"head '{policy.name}' does not click; leave out the environment")
-        policy.environment = environment
+        if environment is None and max_clicks is None and candidates is None:
+            return
+        if not hasattr(policy, "click_environment"):
+            raise ValueError(f"head '{policy.name}' does not click; leave out environment, max_clicks and candidates")
+        if max_clicks is not None and max_clicks < 1:
+            raise ValueError(f"max_clicks is {max_clicks}; it must be at least 1")
+        policy.environment = environment or policy.environment
+        policy.max_clicks = max_clicks or policy.max_clicks
+        if candidates is not None:
+            policy.search = replace(policy.search, candidates=candidates)
 
     def predict(
         self,

@@ -89,7 +89,7 @@ def rate(
         data: data config (configs/data/*.yaml); its own masks are rated by default.
         output: JSON file to write: estimate and verdict of each mask.
         masks: predictions file of evaluate whose masks are rated instead.
-        benchmark: rate masks that random clicks made, whose IoU is known.
+        benchmark: rate masks that random clicks made, whose IoU is known (true or false).
         keep: estimate from which a mask is kept.
         split: which dataset of the data config.
         head: name of the policy; the first head by default.
@@ -105,8 +105,7 @@ def rate(
     from mmseg_llm.rating import rate_dataset
 
     perceiver = Perceiver.from_pretrained(checkpoint, device=device)
-    if environment is not None:
-        perceiver.click_on(read_environment(environment), head)
+    perceiver.click_on(None if environment is None else read_environment(environment), head)
     dataset = read_data(data).dataset(split)
     if max_samples is not None:
         dataset = Subset(dataset, max_samples)

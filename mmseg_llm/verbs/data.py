@@ -136,8 +136,7 @@ def rollouts(
     from mmseg_llm.inference.perceiver import Perceiver
 
     perceiver = Perceiver.from_pretrained(checkpoint, device=device)
-    if environment is not None:
-        perceiver.click_on(read_environment(environment), head)
+    perceiver.click_on(None if environment is None else read_environment(environment), head)
     dataset = read_data(data).dataset(split)
     if max_samples is not None:
         dataset = Subset(dataset, max_samples)

@@ -25,6 +25,8 @@ def evaluate(
     max_samples: int | None = None,
     refiner: Path | None = None,
     environment: Path | None = None,
+    max_clicks: int | None = None,
+    candidates: int | None = None,
     start: Path | None = None,
 ) -> None:
     """Score a checkpoint on a dataset; writes scores, protocol and every prediction as RLE.
@@ -43,6 +45,8 @@ def evaluate(
         max_samples: score the first images only.
         refiner: config of what sharpens the masks (configs/segmenters/*.yaml).
         environment: config of what a click policy clicks on, other than in its training (configs/environments/*.yaml).
+        max_clicks: of an episode of a click policy; as in its training by default.
+        candidates: answers that a click policy tries per mask with protocol search.
         start: predictions file of any head whose masks a click policy goes on from.
     """
     from mmseg_llm.configuration import read_data, read_environment, read_refiner
@@ -53,8 +57,8 @@ def evaluate(
 
     sharpen = None if refiner is None else read_refiner(refiner)
     perceiver = Perceiver.from_pretrained(checkpoint, device=device)
-    if environment is not None:
-        perceiver.click_on(read_environment(environment), head)
+    clicked = None if environment is None else read_environment(environment)
+    perceiver.click_on(clicked, head, max_clicks=max_clicks, candidates=candidates)
     dataset = read_data(data).dataset(split)
     if max_samples is not None:
         dataset = Subset(dataset, max_samples)
@@ -96,6 +100,8 @@ def predict(
     device: str | None = None,
     refiner: Path | None = None,
     environment: Path | None = None,
+    max_clicks: int | None = None,
+    candidates: int | None = None,
     label_studio: str | None = None,
 ) -> None:
     """Answer queries about an image or a folder of images: overlays, mask PNGs and one COCO JSON.
@@ -111,6 +117,8 @@ def predict(
         device: cpu, cuda, ...; a GPU where there is one by default.
         refiner: config of what sharpens the masks (configs/segmenters/*.yaml).
         environment: config of what a click policy clicks on, other than in its training (configs/environments/*.yaml).
+        max_clicks: of an episode of a click policy; as in its training by default.
+        candidates: answers that a click policy tries per mask with protocol search.
         label_studio: also write pre-annotations for Label Studio, which finds the images here, such as /data/local-files/?d=.
     """
     from mmseg_llm.configuration import read_environment, read_refiner
@@ -125,8 +133,8 @@ def predict(
         raise ValueError(f"folder {image} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     sharpen = None if refiner is None else read_refiner(refiner)
     perceiver = Perceiver.from_pretrained(checkpoint, device=device, refiner=sharpen)
-    if environment is not None:
-        perceiver.click_on(read_environment(environment), head)
+    clicked = None if environment is None else read_environment(environment)
+    perceiver.click_on(clicked, head, max_clicks=max_clicks, candidates=candidates)
     requests = ((path, query) for path in files)
     answers = perceiver.predict_many(requests, head=head, protocol=protocol, batch_size=batch_size)
     for path, predictions in zip(files, write_predictions(answers, files, output, label_studio), strict=True):

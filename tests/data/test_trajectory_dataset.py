@@ -124,7 +124,7 @@ def test_official_files(tmp_path, write):
     assert [sample.queries for sample in official] == [sample.queries for sample in lines]
     assert official[0].queries[1].text == '門 "data": ['
     both = TrajectoryDataset([path, write(items[0])], Pictures())
-    assert len(both) == 8 and both.name == "refcoco_train+t" and both[5].queries[0].id == "7.2/0/0"
+    assert len(both) == 7 and both.name == "refcoco_train+t" and both[5].queries[0].id == "7.2/0/1"
     for content in ("[]", "", '{"data": 3}', '{"info": {}}', '{"data": [', path.read_text()[:-3]):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"refcoco_train\.json is no SegAgent trajectory file"):
@@ -138,7 +138,9 @@ def test_image_folder(tmp_path, write):
         Image.new("RGB", SIZE[::-1]).save(folder / name)
     (tmp_path / "secret.png").write_bytes((folder / "sub/a.png").read_bytes())
     names = ["sub/a.png", "sub/a", "b.JPG", 42, "42", 139]
-    dataset = TrajectoryDataset(write(*(trajectory(1, image=name) for name in names)), images=folder, final="none")
+    dataset = TrajectoryDataset(
+        write(*(trajectory(1, image=name) for name in names)), images=folder, final="none", group_first=False
+    )
     found = [sample.image.relative_to(folder).as_posix() for sample in dataset]
     coco = "COCO_train2014_000000000042.jpg"
     assert found == ["sub/a.png", "sub/a.png", "b.JPG.bmp", coco, coco, "000000000139.jpg"]
@@ -215,8 +217,16 @@ def test_recorded_scenes_in_other_processes(tmp_path):
     recorded = [t for sample in scenes for t in record_sample(sample, environment, Rules(max_clicks=4))]
     path = tmp_path / "scenes.jsonl"
     write_trajectories(path, recorded)
-    dataset = pickle.loads(pickle.dumps(TrajectoryDataset(path, scenes)))
+    dataset = pickle.loads(pickle.dumps(TrajectoryDataset(path, scenes, group_first=False)))
     assert len(dataset) == sum(len(t.steps) + 1 for t in recorded if t.steps)
+    grouped = TrajectoryDataset(path, scenes)
+    asked = [query.id for sample in dataset for query in sample.queries]
+    assert sorted(asked) == sorted(
+        query.id for sample in grouped for query in sample.queries
+    )  # nothing lost, nothing twice
+    firsts = [sample for sample in grouped if sample.queries[0].start is None and sample.queries[0].next_click.click]
+    assert [sample.id for sample in firsts] == [sample.id for sample in scenes]  # each plain image is one sample
+    assert list(grouped.query_counts()) == [(sample.id, 1) for sample in grouped for _ in sample.queries]
     for sample in dataset:
         for query in sample.queries:
             so_far = query.start or Mask.empty(sample.size)
