@@ -6,24 +6,23 @@ The score is computed from the very records in the file, so it can always be com
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmseg_llm.data.base import SampleDataset
-from mmseg_llm.masks import Mask
+from mmseg_llm.records import StartingFrom, read_predictions, read_record, record_of, write_json
 from mmseg_llm.segmenters import refine_predictions
 from mmseg_llm.structures import Prediction
 
 if TYPE_CHECKING:
+    from mmseg_llm.data.base import SampleDataset
     from mmseg_llm.model import PerceptionModel
     from mmseg_llm.segmenters import Refiner
-    from mmseg_llm.structures import Query, Sample
+    from mmseg_llm.structures import Query
 
 
 @dataclass(frozen=True)
@@ -53,61 +52,6 @@ class Protocol:
     start: str = ""
     environment: str = ""
     max_clicks: int = 0
-
-
-class StartingFrom(SampleDataset):
-    """A dataset whose queries start from given masks, those of any head.
-
-    Args:
-        dataset: the same that the masks were made for.
-        masks: predictions file of `evaluate`.
-
-    Raises:
-        ValueError: if it is no such file.
-    """
-
-    def __init__(self, dataset: SampleDataset, masks: Path) -> None:
-        self.dataset, self.masks = dataset, read_masks(masks)
-        self.name, self.skipped = dataset.name, dataset.skipped
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`.
-
-        Raises:
-            ValueError: if there is no mask for one of its queries.
-        """
-        return starting_from(self.dataset[index], self.masks)
-
-
-def starting_from(sample: Sample, masks: dict[tuple[str, str], Mask]) -> Sample:
-    """A sample whose queries start from the masks of their `(sample id, query id)`.
-
-    Raises:
-        ValueError: if there is no mask for one of them.
-    """
-    queries = []
-    for index, query in enumerate(sample.queries):
-        name = query.id or str(index)
-        if (sample.id, name) not in masks:
-            raise ValueError(
-                f"there is no mask for query '{name}' of sample '{sample.id}'; give predictions made on this very dataset"
-            )
-        queries.append(replace(query, id=name, start=masks[sample.id, name]))
-    return replace(sample, queries=tuple(queries))
-
-
-def read_masks(path: Path) -> dict[tuple[str, str], Mask]:
-    """The answers in a predictions file of `evaluate`, by `(sample id, query id)`.
-
-    Raises:
-        ValueError: if the file was not written by `evaluate`.
-    """
-    found = (Prediction.from_json(record) for record in _read(path)["predictions"])
-    return {(prediction.sample_id, prediction.query_id): prediction.answer_mask for prediction in found}
 
 
 def predict_dataset(
@@ -229,21 +173,6 @@ def score_records(records: Sequence[dict[str, Any]], metric: str, max_clicks: in
     return {name: value for scorer in scorers for name, value in scorer.compute().items()}
 
 
-def read_record(record: dict[str, Any]) -> tuple[Prediction, Query]:
-    """A prediction with its label, inverse of `record_of`."""
-    from mmseg_llm.structures import Query
-
-    prediction, truth = Prediction.from_json(record), record["target"]
-    ignore = truth.get("ignore")
-    return prediction, Query(
-        text=prediction.query,
-        masks=tuple(Mask.from_coco(mask, prediction.size) for mask in truth["masks"]),
-        boxes=None if truth["boxes"] is None else tuple(tuple(box) for box in truth["boxes"]),  # type: ignore[misc]
-        id=prediction.query_id,
-        ignore=None if ignore is None else Mask.from_coco(ignore, prediction.size),
-    )
-
-
 def _endings(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How often the episodes of a click policy ended for each reason, and how its answers were read."""
     endings = Counter(record["stop"] for record in records if record.get("stop"))
@@ -261,25 +190,13 @@ def score_file(path: Path, metric: str | None = None) -> dict[str, Any]:
     """
     from mmseg_llm.metrics.protocols import describe_protocol
 
-    content = _read(path)
+    content = read_predictions(path)
     records, protocol = content["predictions"], content["protocol"]
     metric = metric or protocol["metric"]
     if metric != "interactive":
         protocol |= {"metric": metric, "rules": describe_protocol(metric)}
     scores = score_records(records, metric, protocol.get("max_clicks", 0))
     return {"scores": scores, "protocol": protocol, **_endings(records)}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The content of a predictions file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["predictions"], content["protocol"]
-    except FileNotFoundError as error:
-        raise ValueError(f"no file '{path}'; give the output of an evaluation") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no predictions file ({error}); write one with mmseg-llm evaluate") from error
-    return content
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -291,22 +208,6 @@ def format_report(report: dict[str, Any]) -> str:
         if name in report:
             lines.append(f"{name:>16}: " + ", ".join(f"{count} {kind}" for kind, count in report[name].items()))
     return "\n".join(lines)
-
-
-def record_of(prediction: Prediction, query: Query) -> dict[str, Any]:
-    """A prediction with its label, for JSON.
-
-    Raises:
-        ValueError: for a query without label.
-    """
-    if query.masks is None:
-        raise ValueError(f"query '{query.text}' ({query.id}) has no mask label; evaluate a labelled dataset")
-    truth = {
-        "masks": [mask.to_coco() for mask in query.masks],
-        "boxes": None if query.boxes is None else [list(box) for box in query.boxes],
-        **({} if query.ignore is None else {"ignore": query.ignore.to_coco()}),
-    }
-    return {**prediction.to_json(), "target": truth}
 
 
 def _gather(records: list[dict[str, Any]], output: Path) -> list[dict[str, Any]] | None:
@@ -326,11 +227,3 @@ def _gather(records: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]
             return None
         records = [record for part in parts for record in part]
     return sorted(records, key=lambda record: (record["sample_id"], record["query_id"]))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mmseg_llm.evaluation import record_of, score_records, write_json
+from mmseg_llm.evaluation import score_records
 from mmseg_llm.masks import Mask
+from mmseg_llm.records import record_of, write_json
 from mmseg_llm.segmenters.oracle import next_click
 from mmseg_llm.structures import Click, PolicyStep, Prediction, Query, Sample
 

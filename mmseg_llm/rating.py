@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmseg_llm.data.base import SampleDataset
-from mmseg_llm.evaluation import read_masks, starting_from, write_json
 from mmseg_llm.heads.click_policy.head import ClickPolicyHead
 from mmseg_llm.masks import Mask
 from mmseg_llm.metrics.estimates import score_estimates
+from mmseg_llm.records import read_masks, starting_from, write_json
 from mmseg_llm.segmenters.starts import random_start
 
 if TYPE_CHECKING:

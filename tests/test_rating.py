@@ -10,12 +10,13 @@ from backbones.tiny import scenes
 from test_improvement import Dataset
 
 from mmseg_llm.backbones import InternVLBackbone
-from mmseg_llm.evaluation import evaluate, read_masks, record_of, write_json
+from mmseg_llm.evaluation import evaluate
 from mmseg_llm.heads import ClickPolicyHead
 from mmseg_llm.heads.click_policy.prompts import ClickPrompts
 from mmseg_llm.masks import Mask
 from mmseg_llm.model import PerceptionModel
 from mmseg_llm.rating import rate_dataset
+from mmseg_llm.records import read_masks, record_of, write_json
 from mmseg_llm.segmenters.fakes import DisksEnvironment
 from mmseg_llm.structures import Prediction
 

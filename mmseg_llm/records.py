@@ -1,0 +1,120 @@
+"""Predictions files: what `evaluate` writes, read back for scoring, rating, and episodes that go on from given masks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmseg_llm.data.base import SampleDataset
+from mmseg_llm.masks import Mask
+from mmseg_llm.structures import Prediction, Query, Sample
+
+
+def record_of(prediction: Prediction, query: Query) -> dict[str, Any]:
+    """A prediction with its label, for JSON.
+
+    Raises:
+        ValueError: for a query without label.
+    """
+    if query.masks is None:
+        raise ValueError(f"query '{query.text}' ({query.id}) has no mask label; evaluate a labelled dataset")
+    truth = {
+        "masks": [mask.to_coco() for mask in query.masks],
+        "boxes": None if query.boxes is None else [list(box) for box in query.boxes],
+        **({} if query.ignore is None else {"ignore": query.ignore.to_coco()}),
+    }
+    return {**prediction.to_json(), "target": truth}
+
+
+def read_record(record: dict[str, Any]) -> tuple[Prediction, Query]:
+    """A prediction with its label, inverse of `record_of`."""
+    prediction, truth = Prediction.from_json(record), record["target"]
+    ignore = truth.get("ignore")
+    return prediction, Query(
+        text=prediction.query,
+        masks=tuple(Mask.from_coco(mask, prediction.size) for mask in truth["masks"]),
+        boxes=None if truth["boxes"] is None else tuple(tuple(box) for box in truth["boxes"]),  # type: ignore[misc]
+        id=prediction.query_id,
+        ignore=None if ignore is None else Mask.from_coco(ignore, prediction.size),
+    )
+
+
+def read_predictions(path: Path) -> dict[str, Any]:
+    """The content of a predictions file.
+
+    Raises:
+        ValueError: if the file was not written by `evaluate`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["predictions"], content["protocol"]
+    except FileNotFoundError as error:
+        raise ValueError(f"no file '{path}'; give the output of an evaluation") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no predictions file ({error}); write one with mmseg-llm evaluate") from error
+    return content
+
+
+class StartingFrom(SampleDataset):
+    """A dataset whose queries start from given masks, those of any head.
+
+    Args:
+        dataset: the same that the masks were made for.
+        masks: predictions file of `evaluate`.
+
+    Raises:
+        ValueError: if it is no such file.
+    """
+
+    def __init__(self, dataset: SampleDataset, masks: Path) -> None:
+        self.dataset, self.masks = dataset, read_masks(masks)
+        self.name, self.skipped = dataset.name, dataset.skipped
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`.
+
+        Raises:
+            ValueError: if there is no mask for one of its queries.
+        """
+        return starting_from(self.dataset[index], self.masks)
+
+
+def starting_from(sample: Sample, masks: dict[tuple[str, str], Mask]) -> Sample:
+    """A sample whose queries start from the masks of their `(sample id, query id)`.
+
+    Raises:
+        ValueError: if there is no mask for one of them.
+    """
+    queries = []
+    for index, query in enumerate(sample.queries):
+        name = query.id or str(index)
+        if (sample.id, name) not in masks:
+            raise ValueError(
+                f"there is no mask for query '{name}' of sample '{sample.id}'; give predictions made on this very dataset"
+            )
+        queries.append(replace(query, id=name, start=masks[sample.id, name]))
+    return replace(sample, queries=tuple(queries))
+
+
+def read_masks(path: Path) -> dict[tuple[str, str], Mask]:
+    """The answers in a predictions file of `evaluate`, by `(sample id, query id)`.
+
+    Raises:
+        ValueError: if the file was not written by `evaluate`.
+    """
+    found = (Prediction.from_json(record) for record in read_predictions(path)["predictions"])
+    return {(prediction.sample_id, prediction.query_id): prediction.answer_mask for prediction in found}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(path)
