@@ -178,6 +178,22 @@ def test_zoom():
         assert whole.snapshot().region == (0, 199, 0, 299)
 
 
+def test_what_lies_outside_of_a_region_can_stay():
+    """Officially it becomes 0 with every look."""
+    for merge_outside in (False, True):
+        environment = make(Blobs(radius=6), merge_outside=merge_outside)
+        environment.reset(photo(200, 300))
+        before = environment.step(Click(30, 40, True))
+        after = environment.step(Click(30, 44, True))
+        top, bottom, left, right = environment.snapshot().region
+        outside = np.ones(before.chances.shape, bool)
+        outside[top : bottom + 1, left : right + 1] = False
+        assert outside.any() and before.chances[outside].any()
+        assert np.array_equal(after.chances[outside], before.chances[outside]) == merge_outside
+        assert after.chances[outside].any() == merge_outside
+        assert f"merge_outside={merge_outside}" in repr(environment)
+
+
 def test_region_arithmetic():
     assert expanded((140, 160, 300, 309), (1000, 1000), 1.4, 200) == (
         50,

@@ -72,6 +72,7 @@ class SimpleClickEnvironment(LockStepEnvironment[SimpleClickImage, SimpleClickSt
         threshold: a pixel is in the mask above this probability.
         min_crop: smallest side of a region in pixels of the image.
         expand: side of a region in sides of the object.
+        merge_outside: keep the previous probability outside of a region; the official code sets it to 0 there.
         net_clicks_limit: show only so many of the first clicks to the network; all when None.
         init_mode: how an episode starts from a given mask: by clicks into it, with the mask itself where these do not
             lead there, or always with the mask itself as previous prediction.
@@ -92,6 +93,7 @@ class SimpleClickEnvironment(LockStepEnvironment[SimpleClickImage, SimpleClickSt
         threshold: float = 0.49,
         min_crop: int = 200,
         expand: float = 1.4,
+        merge_outside: bool = False,
         net_clicks_limit: int | None = None,
         init_mode: InitMode = "clicks",
         batch_size: int = 16,
@@ -115,6 +117,7 @@ class SimpleClickEnvironment(LockStepEnvironment[SimpleClickImage, SimpleClickSt
         self.network = network
         self.flip_tta, self.zoom_in, self.size, self.threshold = flip_tta, zoom_in, size, threshold
         self.min_crop, self.expand, self.net_clicks_limit = min_crop, expand, net_clicks_limit
+        self.merge_outside = merge_outside
         self.init_mode, self.batch_size = init_mode, batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._module: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -122,7 +125,17 @@ class SimpleClickEnvironment(LockStepEnvironment[SimpleClickImage, SimpleClickSt
     def __repr__(self) -> str:
         """Weights and settings: part of the protocol of a score."""
         source = type(self.network).__name__ if isinstance(self.network, torch.nn.Module) else str(self.network)
-        names = ("flip_tta", "zoom_in", "size", "threshold", "min_crop", "expand", "net_clicks_limit", "init_mode")
+        names = (
+            "flip_tta",
+            "zoom_in",
+            "size",
+            "threshold",
+            "min_crop",
+            "expand",
+            "merge_outside",
+            "net_clicks_limit",
+            "init_mode",
+        )
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{type(self).__name__}({source!r}, {settings})"
 
@@ -210,9 +223,13 @@ class SimpleClickEnvironment(LockStepEnvironment[SimpleClickImage, SimpleClickSt
             logits = (straight + mirrored.flip(3)) * 0.5
         chances = logits.float().sigmoid()  # (K, 1, S, S)
         return [
-            replace(state, chances=_paste(looked, region, state.image.size), region=region)
+            replace(state, chances=_paste(looked, region, state.image.size, self._under(state)), region=region)
             for state, region, looked in zip(states, regions, chances.split(1), strict=True)
         ]
+
+    def _under(self, state: SimpleClickState) -> torch.Tensor | None:
+        """Probability that stays outside of a region."""
+        return state.chances if self.merge_outside else None
 
     def _region(self, state: SimpleClickState) -> Region:
         """The region of interest of the next look: the stored one, unless a click or the object has left it."""
@@ -290,10 +307,16 @@ def _extent(likely: np.ndarray, clicks: Sequence[Click]) -> Region:
     return min(rows), max(rows), min(cols), max(cols)
 
 
-def _paste(chances: torch.Tensor, region: Region, size: tuple[int, int]) -> torch.Tensor:
-    """Probability `(1, 1, S, S)` of a region at its place in the image `(1, 1, H, W)`, 0 elsewhere."""
+def _paste(
+    chances: torch.Tensor, region: Region, size: tuple[int, int], under: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Probability `(1, 1, S, S)` of a region at its place in the image `(1, 1, H, W)`, on another one or on 0."""
     top, bottom, left, right = region
     fitted = functional.interpolate(
         chances, size=(bottom - top + 1, right - left + 1), mode="bilinear", align_corners=True
     )
-    return functional.pad(fitted, (left, size[1] - 1 - right, top, size[0] - 1 - bottom))
+    if under is None:
+        return functional.pad(fitted, (left, size[1] - 1 - right, top, size[0] - 1 - bottom))
+    pasted = under.clone()
+    pasted[:, :, top : bottom + 1, left : right + 1] = fitted
+    return pasted
