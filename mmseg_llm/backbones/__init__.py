@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from mmseg_llm.backbones.internvl import InternVLBackbone
     from mmseg_llm.backbones.llava import LlavaBackbone
     from mmseg_llm.backbones.qwen_vl import QwenVLBackbone
+    from mmseg_llm.backbones.qwen_vl_chat import QwenVlChatBackbone
 
-__all__ = ["Backbone", "InternVLBackbone", "LlavaBackbone", "QwenVLBackbone"]
+__all__ = ["Backbone", "InternVLBackbone", "LlavaBackbone", "QwenVLBackbone", "QwenVlChatBackbone"]
 
 __getattr__ = lazy(
     __name__,
@@ -21,5 +22,6 @@ __getattr__ = lazy(
         "InternVLBackbone": "internvl",
         "LlavaBackbone": "llava",
         "QwenVLBackbone": "qwen_vl",
+        "QwenVlChatBackbone": "qwen_vl_chat",
     },
 )

@@ -31,6 +31,7 @@ class ChatTemplate:
     Attributes:
         system: system message; none when empty.
         turn_start, turn_end: control tokens around a turn; in the `vicuna` style only `turn_end` exists, behind answers.
+        before_image: text between the header of the user turn and an image.
         image_start, image_context, image_end: control tokens of an image, `image_context` once per image token.
         after_image: text between an image and the question about it.
         bos: opens the sequence where the family has one.
@@ -40,6 +41,7 @@ class ChatTemplate:
     system: str = INTERNVL2_5_SYSTEM
     turn_start: str = "<|im_start|>"
     turn_end: str = "<|im_end|>"
+    before_image: str = ""
     image_start: str | None = "<img>"
     image_context: str = "<IMG_CONTEXT>"
     image_end: str | None = "</img>"
@@ -70,7 +72,7 @@ class ChatTemplate:
     def image(self, num_tokens: int) -> list[str]:
         """An image of so many tokens."""
         start, end = ([] if name is None else [Token(name)] for name in (self.image_start, self.image_end))
-        return [*start, *[Token(self.image_context)] * num_tokens, *end]
+        return [self.before_image, *start, *[Token(self.image_context)] * num_tokens, *end]
 
     def end_of_user(self) -> list[str]:
         """End of a user turn."""
@@ -103,6 +105,9 @@ TEMPLATES = {
     "plain": ChatTemplate(system=""),
     "qwen2_vl": ChatTemplate(system="You are a helpful assistant.", after_image="", **QWEN_IMAGE),
     "qwen3_vl": ChatTemplate(system="", after_image="", **QWEN_IMAGE),
+    "qwen_vl_chat": ChatTemplate(
+        system="You are a helpful assistant.", before_image="Picture 1: ", image_context="<imgpad>"
+    ),
     "llava_1_5": ChatTemplate(
         system="",  # the template that the hub folders carry has none; set llava_vicuna for the one of the original code
         turn_end="</s>",

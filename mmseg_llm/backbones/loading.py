@@ -27,24 +27,35 @@ def local_folder(source: str, with_weights: bool, sizes: Sequence[str]) -> Path:
     Raises:
         ValueError: if it is neither, or holds no config.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        if source.count("/") != 1 or source.startswith((".", "/")):
-            raise ValueError(f"no folder '{source}', and it is no hub id; known sizes: {', '.join(sizes)}")
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-        patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors", "*.bin"] if with_weights else [])]
-        try:
-            folder = Path(snapshot_download(source, allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-            raise ValueError(
-                f"'{source}' cannot be fetched from the hub ({type(error).__name__}); "
-                "check the name and the network, or download the folder and give its path"
-            ) from error
+    folder = fetch_folder(source, with_weights, sizes)
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"folder {folder} has no {CONFIG_FILE}; give the folder of a checkpoint")
     return folder
+
+
+def fetch_folder(source: str, with_weights: bool, sizes: Sequence[str]) -> Path:
+    """As `local_folder`, whatever the folder holds.
+
+    Raises:
+        ValueError: if the source is neither a folder nor a hub id that can be fetched.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if source.count("/") != 1 or source.startswith((".", "/")):
+        raise ValueError(f"no folder '{source}', and it is no hub id; known sizes: {', '.join(sizes)}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    patterns += ["*.safetensors", "*.bin"] if with_weights else []
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"'{source}' cannot be fetched from the hub ({type(error).__name__}); "
+            "check the name and the network, or download the folder and give its path"
+        ) from error
 
 
 def read_settings(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:

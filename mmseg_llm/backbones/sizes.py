@@ -86,6 +86,7 @@ HUB_SOURCES = {
     "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl-4b",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl-8b",
     "llava-hf/llava-1.5-7b-hf": "llava-1.5-7b",
+    "Qwen/Qwen-VL-Chat": "qwen-vl-chat",
 }
 
 
@@ -224,4 +225,33 @@ LLAVA: dict[str, dict[str, Any]] = {
         layer=-2,
         template="llava_1_5",
     ),
+}
+
+
+# ---- Qwen-VL-Chat: its own vision tower, a resampler of learned queries, a Qwen2 decoder --------------------------------------
+
+
+def _qwen_vl_chat(vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """The original language model is a Qwen2 up to 2048 tokens; the rest of the released tower is the default."""
+    del text["rope_theta"], text["model_type"]
+    text |= {"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    return {"vision": vision | {"output_size": text["hidden_size"]}, "text": text}
+
+
+TINY_CHAT_VISION: dict[str, Any] = {
+    "hidden_size": TINY_WIDTH,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "image_size": 96,
+    "patch_size": 8,
+    "num_positions": 36,
+    "num_queries": 36,
+    "num_pool_heads": 1,
+    "initializer_range": TINY_INIT,
+}
+
+QWEN_VL_CHAT: dict[str, dict[str, Any]] = {
+    "qwen-vl-chat-tiny": _qwen_vl_chat(TINY_CHAT_VISION, _text("qwen2", 128, 4, 4, 4, 384, 1)),
+    "qwen-vl-chat": _qwen_vl_chat({}, _text("qwen2", 4096, 32, 32, 32, 11008, 151936)),
 }

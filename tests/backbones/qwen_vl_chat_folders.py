@@ -134,7 +134,7 @@ def random_state(config: dict = TINY, dtype=torch.float32, seed: int = 0) -> dic
     return state
 
 
-def write_tiktoken(folder, merges=(b"th", b"the", b" the", b"in", b"er", b" o")) -> None:
+def write_tiktoken(folder, merges=(b"th", b"the", b" the", b"in", b"er", b"12")) -> None:
     tokens = [bytes([byte]) for byte in range(256)] + list(merges)
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
     (folder / "qwen.tiktoken").write_text("\n".join(lines) + "\n")

@@ -35,6 +35,7 @@ EXPECTED = {
     "plain": chatml("", INTERNVL_IMAGE),
     "qwen2_vl": chatml("You are a helpful assistant.", QWEN_IMAGE),
     "qwen3_vl": chatml("", QWEN_IMAGE),
+    "qwen_vl_chat": chatml("You are a helpful assistant.", "Picture 1: <img>" + "<imgpad>" * 36 + "</img>\n"),
     "llava_1_5": "<s>" + VICUNA,
     "llava_vicuna": f"<s>{TEMPLATES['llava_vicuna'].system} {VICUNA}",
     "llava_chatml": chatml("", "<image>" * 36 + "\n"),

@@ -23,7 +23,8 @@ def test_small_tiktoken(tmp_path):
     """Merges by rank, byte letters, control tokens by position, and text that comes back."""
     write_tiktoken(tmp_path)
     tokenizer = qwen_tokenizer(tmp_path)
-    assert tokenizer.tokenize(" the other") == ["Ġthe", "Ġo", "the", "r"]
+    assert tokenizer.tokenize(" the other") == ["Ġthe", "Ġ", "o", "the", "r"]
+    assert tokenizer.encode("12") == [49, 50]  # single digits, whatever could be merged
     assert tokenizer.encode("the") == [257] and len(tokenizer) == official.VOCABULARY + 217
     first = official.VOCABULARY
     assert [tokenizer.convert_tokens_to_ids(name) for name in ("<|endoftext|>", "<|im_end|>", "<ref>", "<imgpad>")] == [
@@ -51,6 +52,7 @@ def line(token: bytes, rank: int) -> bytes:
         (b"dGg= x\n", "line 263 of .* is no base64 token with its rank"),
         (line(b"ab", 270), "the ranks in .* are not 0 to 262; download the file again"),
         (line(b"abcd", 262), "token b'abcd' in .* is not made of two of lower rank; download the file again"),
+        (line(b"abc", 262) + line(b"ab", 263), "token b'abc' in .* is not made of two of lower rank"),
         (line(b"\xff\xfe\xfd", 262), "is not made of two of lower rank"),
     ],
 )

@@ -31,7 +31,7 @@ from mmseg_llm.geometry import stretch
 
 
 def close(actual, expected, tolerance):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def pixels():
 
 
 def answers(backbone, state, pixels):
-    """Patches, image tokens and logits of the first image, ours and the official ones."""
+    """Patches, image tokens and logits of the first image, ours and the official ones, those in float64."""
     codec = backbone.codec
     ids = codec.image_prefix() + codec.question("the other one")
     with torch.no_grad():
@@ -72,7 +72,8 @@ def answers(backbone, state, pixels):
         ours = [features.patches, features.tokens]
         prefix = backbone.prefill(features.select(torch.tensor([0])), [ids])
         ours.append(backbone.logits(prefix.states)[0])
-        patches = official.patches(state, TINY, pixels)
+        state = {key: value.double() for key, value in state.items()}
+        patches = official.patches(state, TINY, pixels.double())
         tokens = official.image_tokens(state, TINY, patches)
         return ours, [patches, tokens, official.logits(state, TINY, list(ids), tokens[0])]
 

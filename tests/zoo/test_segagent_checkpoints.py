@@ -109,6 +109,8 @@ def test_other_heads(checkpoint, tmp_path):
     model = load_model(out)
     assert isinstance(model.head(), AllMaskHead) and model.num_added_tokens == 0
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    loaded = load_segagent(checkpoint, heads=other)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16} and not loaded.training
     rows = model.backbone.lm_head.weight.shape[0]
     assert rows == TINY["vocab_size"]  # the new tokens take spare rows
     before = random_state(dtype=torch.bfloat16)["lm_head.weight"]
