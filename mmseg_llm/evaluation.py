@@ -38,8 +38,6 @@ class Protocol:
         dtype: of the weights.
         refiner: what sharpened the masks; empty without.
         start: file of the masks that a click policy started from; empty without.
-        environment: what a click policy clicked on; empty for other heads.
-        max_clicks: of a click policy; 0 for other heads.
     """
 
     predict: str
@@ -50,8 +48,6 @@ class Protocol:
     dtype: str
     refiner: str = ""
     start: str = ""
-    environment: str = ""
-    max_clicks: int = 0
 
 
 def predict_dataset(
@@ -106,44 +102,57 @@ def evaluate(
     Raises:
         ValueError: for an unknown protocol or a dataset without labels.
     """
-    from mmseg_llm.metrics.protocols import describe_protocol
-
     chosen = model.head(head)
     chosen.check_protocol(protocol)
     metric = metric or chosen.metric(protocol, any(count == 0 for _, count in dataset.query_counts()))
     started = time.monotonic()
     if start is not None:
         dataset = StartingFrom(dataset, start)
-    environment = getattr(chosen, "environment", None)
+    settings = chosen.describe(protocol)
+    max_clicks = settings.get("max_clicks", 0)
+    rules = describe_rules(metric, max_clicks)  # refuses an unknown metric before anything is predicted
     records = []
     for prediction, query in predict_dataset(
         model, dataset, protocol=protocol, head=head, batch_size=batch_size, refiner=refiner
     ):
         records.append(record_of(prediction, query))
-    described = Protocol(
+    protocol_of = Protocol(
         predict=protocol,
         metric=metric,
-        rules=describe_protocol(metric),
+        rules=rules,
         dataset=dataset.name,
         head=chosen.name,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         refiner="" if refiner is None else repr(refiner),
         start="" if start is None else str(start),
-        environment="" if environment is None else repr(environment),
-        max_clicks=getattr(chosen, "max_clicks", 0),
     )
     gathered = _gather(records, output)
     if gathered is None:
         return {}
     report = {
-        "scores": score_records(gathered, metric, described.max_clicks),
-        "protocol": asdict(described),
+        "scores": score_records(gathered, metric, max_clicks),
+        "protocol": asdict(protocol_of) | settings,
         **_endings(gathered),
         "dataset": dataset.describe(),
         "seconds": round(time.monotonic() - started, 2),
     }
     write_json(output, {**report, "predictions": gathered})
     return report
+
+
+def describe_rules(metric: str, max_clicks: int = 0) -> str:
+    """The rules that scores follow, in words; see `score_records` for the arguments.
+
+    Raises:
+        ValueError: for an unknown metric, or `interactive` without episodes.
+    """
+    from mmseg_llm.metrics.interactive import describe_interactive
+    from mmseg_llm.metrics.protocols import describe_protocol
+
+    if metric == "interactive" and not max_clicks:
+        raise ValueError("metric 'interactive' scores episodes of clicks; use it with a click policy")
+    parts = [] if metric == "interactive" else [describe_protocol(metric)]
+    return "; ".join(parts + ([describe_interactive(max_clicks)] if max_clicks else []))
 
 
 def score_records(records: Sequence[dict[str, Any]], metric: str, max_clicks: int = 0) -> dict[str, float]:
@@ -188,14 +197,11 @@ def score_file(path: Path, metric: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: if the file was not written by `evaluate`.
     """
-    from mmseg_llm.metrics.protocols import describe_protocol
-
     content = read_predictions(path)
     records, protocol = content["predictions"], content["protocol"]
-    metric = metric or protocol["metric"]
-    if metric != "interactive":
-        protocol |= {"metric": metric, "rules": describe_protocol(metric)}
-    scores = score_records(records, metric, protocol.get("max_clicks", 0))
+    metric, max_clicks = metric or protocol["metric"], protocol.get("max_clicks", 0)
+    protocol |= {"metric": metric, "rules": describe_rules(metric, max_clicks)}
+    scores = score_records(records, metric, max_clicks)
     return {"scores": scores, "protocol": protocol, **_endings(records)}
 
 

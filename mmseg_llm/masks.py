@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
+
+MOST_CHUNKS = 12
+"""Characters of one run: 60 bits are more than any image has pixels."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,19 @@ class Mask:
         both = coco_mask.merge([self.to_coco(as_bytes=True), other.to_coco(as_bytes=True)], intersect=True)
         return int(coco_mask.area(both))
 
-    def iou(self, other: Mask) -> float:
-        """Intersection over union; 1.0 when both are empty."""
+    def iou(self, other: Mask, ignored: Mask | None = None) -> float:
+        """Intersection over union, outside of ignored pixels; 1.0 when both are empty there."""
+        if ignored is not None:
+            return self.without(ignored).iou(other.without(ignored))
         intersection = self.intersection(other)
         union = self.area + other.area - intersection
         return intersection / union if union else 1.0
+
+    def without(self, other: Mask) -> Mask:
+        """The pixels that are not in another mask of the same size."""
+        if not self.intersection(other):
+            return self
+        return Mask.from_array(replace(self).array & ~replace(other).array)
 
 
 def _pixels_covered(counts: str) -> int:
@@ -168,14 +179,22 @@ def _pixels_covered(counts: str) -> int:
 
     pycocotools leaves the rest of a mask uninitialised when its runs are too few.
     """
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts:
-        chunk = ord(character) - 48
-        value |= (chunk & 0x1F) << shift
-        shift += 5
-        if not chunk & 0x20:
-            value -= (1 << shift) if chunk & 0x10 else 0
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return -1 if shift else sum(runs)
+    chunks = np.frombuffer(counts.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
+    if not len(chunks):
+        return 0
+    is_last = (chunks & 0x20) == 0
+    if not is_last[-1]:
+        return -1
+    ends = np.flatnonzero(is_last)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if lengths.max() > MOST_CHUNKS:
+        return -1
+    shifts = 5 * (np.arange(len(chunks)) - np.repeat(starts, lengths))
+    values = np.add.reduceat((chunks & 0x1F) << shifts, starts)
+    values -= np.where(chunks[ends] & 0x10, np.int64(1) << (5 * lengths), 0)
+    # from the fourth run on, each is the difference to the one before the last
+    total = int(values[:1].sum())
+    for first in (1, 2):
+        total += int(np.cumsum(values[first::2]).sum())
+    return total

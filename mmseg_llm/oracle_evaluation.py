@@ -21,6 +21,7 @@ import numpy as np
 from mmseg_llm.evaluation import score_records
 from mmseg_llm.masks import Mask
 from mmseg_llm.records import record_of, write_json
+from mmseg_llm.segmenters.environment import describe_environment
 from mmseg_llm.segmenters.oracle import next_click
 from mmseg_llm.structures import Click, PolicyStep, Prediction, Query, Sample
 
@@ -136,18 +137,6 @@ def play(
         for (episode, click), (shown, state) in zip(going, shown_after, strict=True):
             episode.see(shown, state, click)
     yield from ((episode.prediction(), episode.query) for episode in episodes)
-
-
-def describe_environment(environment: Environment) -> str:
-    """Its own words, or its class and its plain public attributes."""
-    if type(environment).__repr__ is not object.__repr__:
-        return repr(environment)
-    plain = {
-        name: value
-        for name, value in vars(environment).items()
-        if not name.startswith("_") and isinstance(value, int | float | str | bool)
-    }
-    return f"{type(environment).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
 
 
 @dataclass

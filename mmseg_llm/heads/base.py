@@ -71,6 +71,14 @@ class Head(nn.Module):
             f"head '{self.name}' answers single queries only; use predict, or a model with an all_mask head"
         )
 
+    def for_workers(self) -> Head:
+        """What data workers are given, to `build` with; without large parts that only prediction needs."""
+        return self
+
+    def describe(self, protocol: str) -> dict[str, Any]:
+        """Settings of this head that scores under a protocol depend on, to be printed with them."""
+        return {}
+
     def metric(self, protocol: str, has_no_target: bool) -> str:
         """The metric protocol that belongs to a way of predicting, on data with or without no-target queries."""
         return "clean"

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mmseg_llm.geometry import load_image
 from mmseg_llm.segmenters import refine_predictions
 from mmseg_llm.structures import Prediction, Query, Sample
@@ -97,7 +99,7 @@ class Perceiver:
         *,
         head: str | None = None,
         protocol: str | None = None,
-        start: Sequence[Mask] | Mask | None = None,
+        start: Sequence[Mask | np.ndarray] | Mask | np.ndarray | None = None,
     ) -> list[Prediction]:
         """Answer queries about one image; N queries give N predictions in order.
 
@@ -106,7 +108,7 @@ class Perceiver:
             queries: expressions such as `"the red cube"`.
             head: name of the head; the first one when None.
             protocol: way of predicting, see the head's `protocols`; its first one when None.
-            start: masks that a click policy goes on from, one per query, such as those another head predicted.
+            start: masks that a click policy goes on from, one per query, such as those another head predicted, or bool arrays.
 
         Raises:
             ValueError: for an image that cannot be read, an empty query, or another number of masks than queries.
@@ -114,7 +116,7 @@ class Perceiver:
         texts = [queries] if isinstance(queries, str) else list(queries)
         sample = _sample(image, texts, 0)
         if start is not None:
-            masks = list(start) if isinstance(start, Sequence) else [start]
+            masks = [as_mask(item) for item in (start if isinstance(start, Sequence) else [start])]
             if len(masks) != len(texts):
                 raise ValueError(f"{len(masks)} start masks for {len(texts)} queries; give one mask per query")
             queries_from = tuple(replace(q, start=mask) for q, mask in zip(sample.queries, masks, strict=True))
@@ -154,6 +156,13 @@ class Perceiver:
         predictions = iter(found)
         for sample in samples:
             yield [next(predictions) for _ in sample.queries]
+
+
+def as_mask(mask: Mask | np.ndarray) -> Mask:
+    """A mask, given as one or as a bool array `(H, W)`."""
+    from mmseg_llm.masks import Mask
+
+    return mask if isinstance(mask, Mask) else Mask.from_array(np.asarray(mask))
 
 
 def _sample(image: str | Path | Image.Image, texts: Sequence[str], number: int) -> Sample:

@@ -42,6 +42,15 @@ class Observation:
 class Environment(ABC):
     """One present episode, and any number of others whose states are kept by who plays them."""
 
+    def __repr__(self) -> str:
+        """Class and plain public settings: part of the protocol of a score, the same in every run."""
+        plain = {
+            name: value
+            for name, value in vars(self).items()
+            if not name.startswith("_") and isinstance(value, int | float | str | bool)
+        }
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
+
     @abstractmethod
     def reset(self, image: Image.Image, mask: np.ndarray | None = None) -> Observation:
         """Start an episode on an image; encodes the image.
@@ -251,6 +260,11 @@ def distinct(keys: Iterable[Hashable]) -> tuple[list[int], list[int]]:
             chosen.append(i)
         places.append(order[key])
     return chosen, places
+
+
+def describe_environment(environment: Environment | None) -> str:
+    """What a score depends on; empty without an environment."""
+    return "" if environment is None else repr(environment)
 
 
 def check_click(click: Click, size: tuple[int, int]) -> None:

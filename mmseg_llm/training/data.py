@@ -56,7 +56,7 @@ class _Rendered(Dataset[Example]):
 
     def __init__(self, dataset: SampleDataset, head: Head, codec: Codec, seed: int) -> None:
         self.dataset, self.codec, self.seed = dataset, codec, seed
-        self.head = head
+        self.head = head.for_workers()
 
     def __getitem__(self, draw: Draw) -> Example:
         index, epoch = draw

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from mmseg_llm.geometry import stretch
-from mmseg_llm.heads.click_policy.text import ParsedAction
+from mmseg_llm.heads.click_policy.text import ParsedAction, find_iou
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from mmseg_llm.backbones.base import Backbone
+    from mmseg_llm.backbones.codec import Codec
+    from mmseg_llm.backbones.generation import Constraint
     from mmseg_llm.backbones.prefix import Prefix
     from mmseg_llm.heads.click_policy.head import ClickPolicyHead
 
@@ -38,7 +40,13 @@ class View:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as tokens and as text, and how it was read."""
+    """An answer as tokens and as text, and how it was read.
+
+    Attributes:
+        ids: without what follows its estimate where only that was asked for.
+        text: of the ids.
+        action: what they say.
+    """
 
     ids: tuple[int, ...]
     text: str
@@ -113,12 +121,13 @@ def ask(
         Per view, one reply per seed.
     """
     codec = backbone.codec
+    ends = head.grammar(codec).action_starts if is_estimate and constrained else ()
     count = len(shown.views)
     seeds, openings = seeds or [(None,)] * count, openings or [()] * count
     num_rows = len(shown.prefix.features.grids)
     prompts: list[list[tuple[int, ...]]] = [[] for _ in range(num_rows)]
     drawn: list[list[int | None]] = [[] for _ in range(num_rows)]
-    constraints: list[list] = [[] for _ in range(num_rows)]
+    constraints: list[list[Constraint]] = [[] for _ in range(num_rows)]
     first: list[int] = []
     for view, row, own, opening in zip(shown.views, shown.rows, seeds, openings, strict=True):
         first.append(len(prompts[row]))
@@ -130,7 +139,7 @@ def ask(
         shown.prefix,
         prompts,
         max_new_tokens=head.max_new_tokens,
-        stop=head.grammar(codec).action_starts if is_estimate else (),
+        stop=ends,
         constraints=constraints if constrained else None,
         seeds=drawn,
         sampling=head.search.sampling,
@@ -138,7 +147,27 @@ def ask(
     replies = []
     for view, row, own, opening, start in zip(shown.views, shown.rows, seeds, openings, first, strict=True):
         answers = [opening + tuple(ids) for ids in generated.ids[row][start : start + len(own)]]
+        if is_estimate and not constrained:
+            answers = [up_to_estimate(codec, ids) for ids in answers]
         texts = [codec.decode(ids) for ids in answers]
         size = (view.image.height, view.image.width)
         replies.append([Reply(ids, text, head.read(text, size)) for ids, text in zip(answers, texts, strict=True)])
     return replies
+
+
+def up_to_estimate(codec: Codec, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The first tokens of a free answer that hold its whole IoU; none where it has none."""
+    wanted = find_iou(codec.decode(ids))
+    if wanted is None:
+        return ()
+    return next(ids[:count] for count in range(1, len(ids) + 1) if find_iou(codec.decode(ids[:count])) == wanted)
+
+
+def estimate(head: ClickPolicyHead, backbone: Backbone, views: Sequence[View]) -> list[Reply]:
+    """What the policy takes the IoU of some masks for, `head.batch_size` pictures at once."""
+    found: list[Reply] = []
+    for start in range(0, len(views), head.batch_size):
+        shown = show(head, backbone, views[start : start + head.batch_size])
+        replies = ask(head, backbone, shown, is_estimate=True, constrained=head.constrained)
+        found += [reply for (reply,) in replies]
+    return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmseg_llm.clicks import Click, PolicyStep
-from mmseg_llm.heads.click_policy.asking import Reply, View, ask, show
+from mmseg_llm.heads.click_policy.asking import Reply, View, ask, estimate, show
 from mmseg_llm.heads.click_policy.text import ParsedAction, Status
 from mmseg_llm.masks import Mask
 
@@ -56,6 +56,7 @@ class Episode:
         key: of what is sampled; the same whatever is played beside it.
         view: what the policy sees now.
         state: of the environment.
+        chances: of the last click, float32 `(H, W)`, where the environment has any.
         steps: so far; the last one is what is seen now.
         ending: why it is over; empty while it is not.
     """
@@ -65,6 +66,7 @@ class Episode:
     key: int
     view: View
     state: Any
+    chances: np.ndarray | None
     steps: list[PolicyStep]
     ending: str = ""
 
@@ -79,7 +81,7 @@ class Episode:
 
     def move(self, click: Click, observation: Observation, state: Any) -> None:
         """Go to the mask that a click led to."""
-        self.state, self.view = state, replace(self.view, mask=observation.mask)
+        self.state, self.view, self.chances = state, replace(self.view, mask=observation.mask), observation.chances
         self.steps.append(PolicyStep(click, Mask.from_array(observation.mask)))
 
 
@@ -91,6 +93,11 @@ def draw_seed(key: int, steps: Sequence[PolicyStep], number: int) -> int:
 def said(step: PolicyStep, reply: Reply) -> PolicyStep:
     """A step with what was said about its mask."""
     return replace(step, text=reply.text, estimate=reply.action.iou, status=str(reply.action.status))
+
+
+def rated(step: PolicyStep, reply: Reply) -> PolicyStep:
+    """A step with the estimate of its mask, where nothing else was asked for."""
+    return replace(step, text=reply.text, estimate=reply.action.iou, status="estimate")
 
 
 def open_episodes(head: ClickPolicyHead, environment: Environment, samples: Sequence[Sample]) -> list[Episode]:
@@ -109,14 +116,19 @@ def open_episodes(head: ClickPolicyHead, environment: Environment, samples: Sequ
                 f"query {samples[row].queries[i].text!r} of sample {samples[row].id} starts from a mask of size {start.size} "
                 f"(H, W), its image has {tuple(size)}; resize the mask"
             )
-        masks.append(None if start is None else start.array)
+        masks.append(
+            None if start is None else replace(start).array
+        )  # a copy keeps its pixels, the dataset's mask does not
     begun = environment.begin([images[row] for row, _ in asked], masks)
+    keys = {row: zlib.crc32(image.tobytes()) for row, image in images.items()}
     episodes = []
-    for (row, i), (observation, state) in zip(asked, begun, strict=True):
-        sample, image = samples[row], images[row]
-        key = zlib.crc32(f"{head.seed}\n{sample.id}\n{sample.queries[i].id or i}\n{sample.queries[i].text}".encode())
-        view = View(image, observation.mask, sample.queries[i].text.strip())
-        episodes.append(Episode(row, i, key, view, state, [PolicyStep(None, Mask.from_array(observation.mask))]))
+    for (row, i), mask, (observation, state) in zip(asked, masks, begun, strict=True):
+        query = samples[row].queries[i]
+        key = zlib.crc32(f"{head.seed}\n{keys[row]}\n{query.text}".encode())
+        # a given mask is what is seen and rated first, whatever the segmenter makes of it
+        view = View(images[row], observation.mask if mask is None else mask, query.text.strip())
+        first = PolicyStep(None, Mask.from_array(view.mask))
+        episodes.append(Episode(row, i, key, view, state, observation.chances, [first]))
     return episodes
 
 
@@ -140,39 +152,45 @@ def play(
         is_official: read answers as the released code does.
     """
     episodes = open_episodes(head, environment, samples)
-    for step in range(head.max_clicks + 1):
+    for _ in range(head.max_clicks):
         alive = [episode for episode in episodes if not episode.ending]
-        is_last = step == head.max_clicks
-        if not alive or (is_last and not rate_last):
+        if not alive:
             break
         decided = decide(head, backbone, alive, is_official=is_official)
+        moving = []
         for episode, (reply, action) in zip(alive, decided, strict=True):
             episode.hear(reply)
             if action.click is None:
-                episode.ending = (
-                    Ending.ABORTED if head.on_failure == "abort" and is_failure(action) else str(action.status)
-                )
-            elif is_last:
-                episode.ending = Ending.MAX_CLICKS
-        moving = [
-            (e, action.click) for e, (_, action) in zip(alive, decided, strict=True) if not e.ending and action.click
-        ]
-        advance(environment, moving)
+                episode.ending = ending_of(head, action)
+            else:
+                moving.append((episode, action.click))
+        for start in range(0, len(moving), head.batch_size):
+            advance(environment, moving[start : start + head.batch_size], stops_when_stuck=not is_official)
     for episode in episodes:
         episode.ending = episode.ending or Ending.MAX_CLICKS
+    if rate_last:
+        unrated = [episode for episode in episodes if not episode.steps[-1].status]
+        for episode, reply in zip(unrated, estimate(head, backbone, [e.view for e in unrated]), strict=True):
+            episode.steps[-1] = rated(episode.steps[-1], reply)
     return episodes
 
 
-def advance(environment: Environment, moving: Sequence[tuple[Episode, Click]]) -> None:
-    """Click once in each of some episodes; one that repeats a click that changed nothing is over."""
+def advance(
+    environment: Environment, moving: Sequence[tuple[Episode, Click]], *, stops_when_stuck: bool = True
+) -> None:
+    """Click once in each of some episodes.
+
+    One that repeats a click that changed nothing, not even a probability, is over: the same picture would get the same answer.
+    """
     results = environment.advance([episode.state for episode, _ in moving], [click for _, click in moving])
     for (episode, click), (observation, state) in zip(moving, results, strict=True):
-        is_stuck = click in episode.clicks and np.array_equal(observation.mask, episode.view.mask)
-        before = episode.steps[-1]
-        episode.move(click, observation, state)
-        if is_stuck:  # the same picture would get the same answer
-            episode.steps[-1] = replace(before, click=click)
+        is_same = np.array_equal(observation.mask, episode.view.mask) and (
+            observation.chances is None
+            or (episode.chances is not None and np.array_equal(observation.chances, episode.chances))
+        )
+        if stops_when_stuck and click in episode.clicks and is_same:
             episode.ending = Ending.STUCK
+        episode.move(click, observation, state)
 
 
 def decide(
@@ -196,6 +214,11 @@ def decide(
                 replies[i] = next((r for r in answers if not is_failure(usable(head, r.action))), replies[i])
         found += [(reply, usable(head, reply.action)) for reply in replies]
     return found
+
+
+def ending_of(head: ClickPolicyHead, action: ParsedAction) -> str:
+    """The name under which an answer without a click ends an episode."""
+    return str(Ending.ABORTED if head.on_failure == "abort" and is_failure(action) else action.status)
 
 
 def usable(head: ClickPolicyHead, action: ParsedAction) -> ParsedAction:

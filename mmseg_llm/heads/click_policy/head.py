@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from mmseg_llm.clicks import Click
 from mmseg_llm.geometry import stretch
 from mmseg_llm.heads.base import Head, check_choices
 from mmseg_llm.heads.click_policy.answers import AnswerGrammar, encode_answer
-from mmseg_llm.heads.click_policy.asking import Reply, View, ask, show
+from mmseg_llm.heads.click_policy.asking import Reply, View, estimate
 from mmseg_llm.heads.click_policy.codec import QWEN_MILLI, ClickCodec
 from mmseg_llm.heads.click_policy.episodes import Ending, Episode, play
 from mmseg_llm.heads.click_policy.overlay import Overlay
@@ -28,7 +29,7 @@ from mmseg_llm.heads.click_policy.prompts import ClickPrompts, qwen_question
 from mmseg_llm.heads.click_policy.search import Search, search
 from mmseg_llm.heads.click_policy.text import ParsedAction, Status, parse, parse_official, write
 from mmseg_llm.masks import Mask, Size
-from mmseg_llm.segmenters.environment import Environment
+from mmseg_llm.segmenters.environment import Environment, describe_environment
 from mmseg_llm.structures import Batch, Example, Prediction, Query, Sample, Suffix
 
 if TYPE_CHECKING:
@@ -111,6 +112,27 @@ class ClickPolicyHead(Head):
             raise ValueError(
                 f"an answer such as '{text}' takes {needed} tokens; raise max_new_tokens from {self.max_new_tokens}"
             )
+        if self.constrained:
+            self.grammar(backbone.codec)
+
+    def for_workers(self) -> ClickPolicyHead:
+        """Data workers need neither the segmenter, whose weights may be large, nor the grammar."""
+        light = copy(self)
+        light.environment, light._grammar = None, None
+        return light
+
+    def describe(self, protocol: str) -> dict[str, Any]:
+        """What the scores of a policy depend on beside its weights."""
+        facts: dict[str, Any] = {
+            "environment": describe_environment(self.environment),
+            "max_clicks": self.max_clicks,
+            "answers": f"constrained={self.constrained and protocol != 'official'}, on_failure={self.on_failure}",
+            "codec": str(self.codec),
+            "overlay": str(self.overlay),
+        }
+        if protocol == "search":
+            facts["search"] = f"{self.search}, seed={self.seed}"
+        return facts
 
     # ---- words --------------------------------------------------------------------------------------------------------
 
@@ -130,7 +152,7 @@ class ClickPolicyHead(Head):
             raise ValueError(f"the query {expression!r} is empty; give an expression such as 'the red cube'")
         if self.prompt_style == "qwen":
             return codec.question(*qwen_question(expression))
-        return codec.question(self.prompts.question(expression, self.codec, self.overlay.colour, index))
+        return codec.question(self.prompts.question(expression, self.codec, self.overlay.colour, index, self.with_iou))
 
     def read(self, text: str, size: Size) -> ParsedAction:
         """An answer about an image of `(H, W)`; never raises."""
@@ -191,9 +213,7 @@ class ClickPolicyHead(Head):
         )
         answer = encode_answer(codec, text)
         if label.click is None and not label.is_finished:  # that an answer ends behind the estimate is not to be learnt
-            return Suffix(
-                (*question, *answer), (IGNORE_INDEX,) * len(question) + answer, (index,), (len(question),)
-            )
+            return Suffix((*question, *answer), (IGNORE_INDEX,) * len(question) + answer, (index,), (len(question),))
         answer = (*answer, codec.end_id)
         tail = codec.encode(codec.template.after_answer)
         return Suffix(
@@ -220,7 +240,8 @@ class ClickPolicyHead(Head):
 
         Protocols: `generate` clicks greedily and gives the last mask; `reward_selected` the mask with the best estimate on the
         way; `search` tries several clicks at each step (`search`) and gives the mask with the best estimate; `oracle_best` the
-        mask that fits the label best, an upper bound; `official` reads answers as the released loop does and gives the last mask.
+        mask that fits the label best, an upper bound; `official` reads answers as the released loop does and gives the last mask
+        (the released post-hoc choice of another mask is `text.select_official`, for scores of its own result files).
 
         Raises:
             ValueError: without an environment, for `oracle_best` without labels, or for estimates where there are none.
@@ -255,14 +276,9 @@ class ClickPolicyHead(Head):
         for sample in samples:
             image = sample.load_image()
             for query in sample.queries:
-                mask = np.zeros(sample.size, bool) if query.start is None else query.start.array
+                mask = np.zeros(sample.size, bool) if query.start is None else replace(query.start).array
                 views.append(View(image, mask, query.text.strip()))
-        found: list[float | None] = []
-        for start in range(0, len(views), self.batch_size):
-            shown = show(self, backbone, views[start : start + self.batch_size])
-            replies = ask(self, backbone, shown, is_estimate=True, constrained=self.constrained)
-            found += [reply.action.iou for (reply,) in replies]
-        return found
+        return [reply.action.iou for reply in estimate(self, backbone, views)]
 
     def click_environment(self) -> Environment:
         """The segmenter that is clicked on.
@@ -284,8 +300,9 @@ class ClickPolicyHead(Head):
         if selection == "reward":
             chosen = max(steps, key=lambda step: -1.0 if step.estimate is None else step.estimate)
         elif selection == "best":
-            target = sample.queries[episode.query_id].target(sample.size)
-            chosen = max(steps, key=lambda step: step.mask.iou(target))
+            query = sample.queries[episode.query_id]
+            target, ignored = query.target(sample.size), query.ignore
+            chosen = max(steps, key=lambda step: step.mask.iou(target, ignored))
         is_lost = episode.ending == Ending.ABORTED
         mask = Mask.empty(sample.size) if is_lost else chosen.mask
         return Prediction.answering(

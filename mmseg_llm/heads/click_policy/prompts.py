@@ -45,18 +45,18 @@ class ClickPrompts:
     """Question templates for backbones that are trained afresh; one is drawn per sample, the first is used to predict.
 
     Attributes:
-        questions: with the place `{x}` (expression) and, where the model should be told, `{colour}`, `{axes}`, `{range}`, `{iou}`
-            (the largest) and `{example}`; a tiny language model learns them from the answers alone.
+        questions: with the place `{x}` (expression) and, where the model should be told, `{colour}`, `{axes}`, `{range}`,
+            `{estimate}` (a sentence that asks for the IoU, or nothing) and `{example}`; a tiny language model learns them from
+            the answers alone.
     """
 
     questions: tuple[str, ...] = (
         "You mark one object in this picture with clicks. The object is: {x}. A semi-transparent {colour} mask shows what is "
-        "marked so far; there may be none yet. First estimate the overlap (IoU) of the mask with the object from 0 to {iou}. "
-        "Then give the one click that helps most: a positive point on a part of the object that the mask misses, or a negative "
-        "point where the mask covers something else. A point is {axes}, {range}. Write Finish in place of a point "
-        "when the mask is right. Answer like this: {example}",
-        "Improve the semi-transparent {colour} mask until it covers exactly this: {x}. Say how well it fits (IoU, 0 to {iou}) "
-        "and give one point, positive where it must grow or negative where it must shrink, or Finish. "
+        "marked so far; there may be none yet. {estimate}Give the one click that helps most: a positive point on a part of the "
+        "object that the mask misses, or a negative point where the mask covers something else. A point is {axes}, {range}. "
+        "Write Finish in place of a point when the mask is right. Answer like this: {example}",
+        "Improve the semi-transparent {colour} mask until it covers exactly this: {x}. {estimate}"
+        "Give one point, positive where it must grow or negative where it must shrink, or Finish. "
         "Points are {axes}, {range}, as in: {example}",
     )
 
@@ -69,7 +69,12 @@ class ClickPrompts:
                 raise ValueError(f"question template '{question}' lacks {{x}}, the place of the expression")
 
     def question(
-        self, expression: str, codec: ClickCodec = QWEN_MILLI, colour: Colour = "green", index: int = 0
+        self,
+        expression: str,
+        codec: ClickCodec = QWEN_MILLI,
+        colour: Colour = "green",
+        index: int = 0,
+        with_iou: bool = True,
     ) -> str:
         """A question about one object.
 
@@ -78,6 +83,7 @@ class ClickPrompts:
             codec: of the answer.
             colour: of the mask in the picture.
             index: of the template.
+            with_iou: whether the answer starts with the IoU.
         """
         is_row_first = codec.axis_order == "row_col"
         kind = "decimals" if codec.decimals else "integers"
@@ -86,8 +92,10 @@ class ClickPrompts:
             "{colour}": colour,
             "{axes}": "(row, column)" if is_row_first else "(x, y)",
             "{range}": f"{kind} from {codec.write(0)} at the {ends[0]} to {codec.write(codec.largest)} at the {ends[1]}",
-            "{iou}": codec.write_iou(1.0),
-            "{example}": write(Click(350, 966, True), (2000, 2000), codec, iou=0.74),
+            "{estimate}": f"First estimate the overlap (IoU) of the mask with the object from 0 to {codec.write_iou(1.0)}. "
+            if with_iou
+            else "",
+            "{example}": write(Click(350, 966, True), (2000, 2000), codec, iou=0.74 if with_iou else None),
         }
         template = self.questions[index]
         for place, fact in facts.items():

@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from mmseg_llm.backbones.generation import Sampling
 from mmseg_llm.clicks import Click, PolicyStep
-from mmseg_llm.heads.click_policy.asking import Reply, Shown, View, ask, show
-from mmseg_llm.heads.click_policy.episodes import Ending, Episode, draw_seed, is_failure, open_episodes, said, usable
+from mmseg_llm.heads.click_policy.asking import Reply, Seeds, Shown, View, ask, show
+from mmseg_llm.heads.click_policy.episodes import (
+    Ending,
+    Episode,
+    draw_seed,
+    ending_of,
+    is_failure,
+    open_episodes,
+    rated,
+    said,
+    usable,
+)
 from mmseg_llm.masks import Mask
 
 if TYPE_CHECKING:
@@ -135,9 +145,20 @@ def search(
 ) -> list[Episode]:
     """Play all queries of all samples, the trees of all episodes in lock-step."""
     episodes = open_episodes(head, environment, samples)
+    together = max(1, head.batch_size // (head.search.candidates * head.search.beams))
+    for start in range(0, len(episodes), together):  # so that no more pictures are kept than are looked at together
+        _grow(head, backbone, environment, episodes[start : start + together])
+    return episodes
+
+
+def _grow(head: ClickPolicyHead, backbone: Backbone, environment: Environment, episodes: Sequence[Episode]) -> None:
+    """The trees of some episodes, in lock-step."""
     roots = [Node(episode.state, episode.view, tuple(episode.steps)) for episode in episodes]
     rate(head, backbone, roots)
     trees = [Tree(episode, [root], root) for episode, root in zip(episodes, roots, strict=True)]
+    for tree in trees:
+        if head.search.good_enough is not None and tree.best.estimate >= head.search.good_enough:
+            tree.episode.ending = Ending.GOOD_ENOUGH
     for _ in range(head.max_clicks):
         alive = [tree for tree in trees if not tree.episode.ending]
         if not alive:
@@ -155,7 +176,8 @@ def search(
                 for child in nodes
             ]
             tree.keep(found, head.search)
-    return [tree.close() for tree in trees]
+    for tree in trees:
+        tree.close()
 
 
 def rate(head: ClickPolicyHead, backbone: Backbone, nodes: Sequence[Node]) -> None:
@@ -165,10 +187,8 @@ def rate(head: ClickPolicyHead, backbone: Backbone, nodes: Sequence[Node]) -> No
         shown = show(head, backbone, [node.view for node in chunk])
         replies = ask(head, backbone, shown, is_estimate=True, constrained=head.constrained)
         for index, (node, (reply,)) in enumerate(zip(chunk, replies, strict=True)):
-            node.steps = (*node.steps[:-1], said(node.steps[-1], reply))
+            node.steps = (*node.steps[:-1], rated(node.steps[-1], reply))
             node.shown, node.index, node.opening = shown, index, reply.ids
-            if reply.ids and reply.ids[-1] == backbone.codec.end_id:  # an estimate and nothing more
-                node.ending = str(reply.action.status)
 
 
 def expand(
@@ -191,10 +211,10 @@ def expand(
             elif action.click is None and not is_failure(action):
                 own.setdefault("finish", replace(node, steps=_heard(node, reply), ending=str(Ending.FINISH)))
         if not own:  # none of the answers can be used
-            reply = replies[0]
-            ending = str(Ending.ABORTED if head.on_failure == "abort" else reply.action.status)
-            own["failed"] = replace(node, steps=_heard(node, reply), ending=ending)
-        children.append(list(own.values()))
+            ending = ending_of(head, usable(head, replies[0].action))
+            own["failed"] = replace(node, steps=_heard(node, replies[0]), ending=ending)
+        node.shown = None  # its picture is not needed any more
+        children.append([replace(child, shown=None) if isinstance(child, Node) else child for child in own.values()])
     results = environment.advance([node.state for node, _, _ in moves], [click for _, click, _ in moves])
     grown = []
     for (node, click, reply), (observation, state) in zip(moves, results, strict=True):
@@ -209,7 +229,7 @@ def _heard(node: Node, reply: Reply) -> tuple[PolicyStep, ...]:
 
 
 def propose(head: ClickPolicyHead, backbone: Backbone, nodes: Sequence[tuple[Tree, Node]]) -> list[list[Reply]]:
-    """K answers for each node, behind its cached picture and estimate."""
+    """K answers for each node, behind its cached picture and estimate; more where none can be used, with `resample`."""
     groups: dict[int, list[int]] = {}
     for number, (_, node) in enumerate(nodes):
         groups.setdefault(id(node.shown), []).append(number)
@@ -218,16 +238,37 @@ def propose(head: ClickPolicyHead, backbone: Backbone, nodes: Sequence[tuple[Tre
         chosen = [nodes[number] for number in numbers]
         shown = chosen[0][1].shown
         assert shown is not None
-        replies = ask(
-            head,
-            backbone,
-            shown.select([node.index for _, node in chosen]),
-            seeds=[
-                [None, *(draw_seed(tree.episode.key, node.steps, n) for n in range(1, head.search.candidates))]
-                for tree, node in chosen
-            ],
-            openings=[node.opening for _, node in chosen],
-            constrained=head.constrained,
-        )
+        count = head.search.candidates
+        seeds = [[None, *_seeds(tree, node, 1, count)] for tree, node in chosen]
+        replies = _ask(head, backbone, shown, chosen, seeds)
+        failed = [i for i, own in enumerate(replies) if all(is_failure(usable(head, r.action)) for r in own)]
+        if failed and head.on_failure == "resample":
+            again = [chosen[i] for i in failed]
+            more = _ask(head, backbone, shown, again, [_seeds(*item, count, count + head.resamples) for item in again])
+            for i, own in zip(failed, more, strict=True):
+                replies[i] = replies[i] + own
         found.update(zip(numbers, replies, strict=True))
     return [found[number] for number in range(len(nodes))]
+
+
+def _ask(
+    head: ClickPolicyHead,
+    backbone: Backbone,
+    shown: Shown,
+    chosen: Sequence[tuple[Tree, Node]],
+    seeds: Sequence[Seeds],
+) -> list[list[Reply]]:
+    """Answers behind the cached pictures and estimates of some nodes."""
+    return ask(
+        head,
+        backbone,
+        shown.select([node.index for _, node in chosen]),
+        seeds=seeds,
+        openings=[node.opening for _, node in chosen],
+        constrained=head.constrained,
+    )
+
+
+def _seeds(tree: Tree, node: Node, first: int, stop: int) -> list[int]:
+    """Of some draws at a node."""
+    return [draw_seed(tree.episode.key, node.steps, number) for number in range(first, stop)]

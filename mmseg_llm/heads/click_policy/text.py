@@ -150,6 +150,12 @@ def _read_box(text: str, size: Size, codec: ClickCodec) -> Box | None:
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
+def find_iou(text: str) -> str | None:
+    """The number of the IoU in an answer, as it is written."""
+    match = _IOU.search(text)
+    return None if match is None else match[1]
+
+
 def _read_iou(text: str, codec: ClickCodec) -> float | None:
     match = _IOU.search(text)
     if match is None:

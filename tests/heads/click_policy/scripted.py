@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from mmseg_llm.clicks import Click
-from mmseg_llm.heads.click_policy import episodes, search
+from mmseg_llm.heads.click_policy import asking, episodes, search
 from mmseg_llm.heads.click_policy.asking import Reply
 from mmseg_llm.heads.click_policy.text import write
 from mmseg_llm.masks import Mask
@@ -30,7 +30,7 @@ class Script:
 
     def __init__(self, monkeypatch, say):
         self.say, self.shown, self.asked = say, 0, 0
-        for module in (episodes, search):
+        for module in (asking, episodes, search):
             monkeypatch.setattr(module, "show", self.show)
             monkeypatch.setattr(module, "ask", self.ask)
 
