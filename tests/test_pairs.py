@@ -28,6 +28,8 @@ BACKBONES = {
     "qwen3_vl-tiny": "QwenVLBackbone",
     "llava-tiny": "LlavaBackbone",
 }
+# of the released SegAgent weights; its image tokens are queries of a resampler, no cells that a mask could be read from
+QUERIES = {"qwen-vl-chat-tiny": "QwenVlChatBackbone"}
 SHORT = {"questions": ["Segment {x}."]}
 HEADS = {
     "mask_decoder": {
@@ -59,7 +61,7 @@ HEADS = {
 
 
 def settings_of(source: str, head: str) -> dict:
-    backbone = {"class_path": f"mmseg_llm.backbones.{BACKBONES[source]}", "init_args": {"source": source}}
+    backbone = {"class_path": f"mmseg_llm.backbones.{(BACKBONES | QUERIES)[source]}", "init_args": {"source": source}}
     return {"backbone": backbone, "heads": {head: HEADS[head]}}
 
 
@@ -81,7 +83,9 @@ def protocols_of(head) -> list[str]:
 
 
 @pytest.fixture(
-    scope="module", params=list(itertools.product(BACKBONES, HEADS)), ids=lambda pair: f"{pair[1]}-on-{pair[0]}"
+    scope="module",
+    params=[*itertools.product(BACKBONES, HEADS), *((source, "click_policy") for source in QUERIES)],
+    ids=lambda pair: f"{pair[1]}-on-{pair[0]}",
 )
 def trained(request, tmp_path_factory):
     """A pair after a few steps on two scenes, the losses of these steps, and its run folder."""

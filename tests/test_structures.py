@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmseg_llm.masks import _pixels_covered
 from mmseg_llm.structures import Mask, Prediction, Query, Sample, unique_by_id
 
 sizes = st.tuples(st.integers(1, 24), st.integers(1, 24))
@@ -143,3 +144,27 @@ def test_sample_image_of_another_size(tmp_path):
     assert Sample(path, (4, 5)).load_image().size == (5, 4)
     with pytest.raises(ValueError, match=r"a\.png is 4x5 \(HxW\) but its annotations say 5x4"):
         Sample(path, (5, 4)).load_image()
+
+
+def test_runs_are_counted_as_the_format_says():
+    """Against the definition, one character at a time; also of strings that end within a run or hold too few."""
+
+    def by_definition(counts: str) -> int:
+        runs, value, shift = [], 0, 0
+        for character in counts:
+            chunk = ord(character) - 48
+            value |= (chunk & 0x1F) << shift
+            shift += 5
+            if not chunk & 0x20:
+                value -= (1 << shift) if chunk & 0x10 else 0
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+                value = shift = 0
+        return -1 if shift else sum(runs)
+
+    rng = np.random.default_rng(0)
+    for share in (0, 0.01, 0.3, 0.5, 0.99, 1):
+        for height, width in rng.integers(1, 90, (20, 2)):
+            counts = Mask.from_array(rng.random((height, width)) < share).counts
+            assert _pixels_covered(counts) == height * width
+            for length in range(min(8, len(counts))):
+                assert _pixels_covered(counts[:length]) == by_definition(counts[:length])

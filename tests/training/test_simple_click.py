@@ -420,7 +420,7 @@ def test_run_folder(folder: Path):
     network = load_simple_click(folder / "run" / WEIGHTS)
     assert network.size == SimpleClick("test").size
     report = json.loads((folder / "run/report.json").read_text())
-    assert report["steps"] == 3 and 0 <= report["best"]["val/mIoU@3"] <= 1
+    assert report["steps"] == 3 and 0 <= report["best"]["val/mIoU@5"] <= 1
     assert math.isfinite(report["last"]["train/loss"]) and math.isfinite(report["last"]["val/loss"])
     assert "SimpleClickEnvironment" in report["protocol"]["predict"]
     assert "min_crop: 24" in (folder / "run/config.yaml").read_text()

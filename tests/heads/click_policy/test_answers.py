@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mmseg_llm.backbones.chat import ChatTemplate
 from mmseg_llm.backbones.codec import Codec, tiny_tokenizer
 from mmseg_llm.heads.click_policy.answers import EXAMPLE, AnswerGrammar, encode_answer
+from mmseg_llm.heads.click_policy.asking import up_to_estimate
 from mmseg_llm.heads.click_policy.codec import QWEN_MILLI, UNIT_DECIMAL, ClickCodec
 from mmseg_llm.heads.click_policy.text import Status, parse, write
 from mmseg_llm.structures import Click
@@ -79,3 +80,12 @@ def test_the_end_of_an_estimate():
 def test_numbers_too_fine_to_list():
     with pytest.raises(ValueError, match=r"1000000000 numbers.*constrained to false"):
         AnswerGrammar(CODEC, ClickCodec(scale=1, decimals=9))
+
+
+@pytest.mark.parametrize("separator", [", ", "\n", " ", ""])
+def test_a_free_answer_is_cut_behind_its_iou(separator):
+    """Whatever stands between IoU and click: candidates that go on from there choose sign and row themselves."""
+    for number in ("7", "74", "85.2", "100"):
+        ids = (*encode_answer(CODEC, f"Current IOU: {number}{separator}Positive point: (175, 483)"), CODEC.end_id)
+        assert CODEC.decode(up_to_estimate(CODEC, ids)) == f"Current IOU: {number}"
+    assert up_to_estimate(CODEC, encode_answer(CODEC, "Positive point: (175, 483)")) == ()

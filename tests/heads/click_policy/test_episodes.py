@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ TARGET = disk(20, 30, 8)
 
 
 def make_head(**fields):
-    return ClickPolicyHead(environment=DisksEnvironment(8, 4), **{"max_clicks": 4, **fields})
+    return ClickPolicyHead(**{"environment": DisksEnvironment(8, 4), "max_clicks": 4, **fields})
 
 
 def test_a_click_becomes_a_mask_and_finish_ends(monkeypatch):
@@ -172,3 +174,86 @@ def test_ten_thousand_fuzzed_answers_raise_nothing(texts):
             found = head.predict(Backbone, [sample(*[TARGET] * 50)])
             known = {"finish", "max_clicks", "stuck", "no_action", "malformed", "out_of_range", "aborted"}
             assert len(found) == 50 and set(Counter(p.stop for p in found)) <= known
+
+
+def test_what_is_said_about_the_last_mask_ends_nothing(monkeypatch):
+    """It is asked for its estimate only: neither a failure nor a finish can be heard there."""
+    places = iter([(20, 30), (20, 34)] * 3)
+    Script(monkeypatch, lambda view, seed: answer(*next(places)) if view.mask.sum() < 250 else "Current IOU: 90, hm")
+    for policy in ("stop", "abort", "resample"):
+        (found,) = make_head(max_clicks=2, on_failure=policy).predict(Backbone, [sample(TARGET)])
+        assert (found.stop, found.mask.area > 0, found.trajectory[-1].estimate) == ("max_clicks", True, 0.9)
+        assert found.trajectory[-1].status == "estimate"
+
+
+class Creeping(DisksEnvironment):
+    """Becomes surer with each click, and shows a mask only when it is sure."""
+
+    def _add(self, maps, squares, click):
+        return (np.minimum(1, maps[0] + np.float32(0.2) * (squares <= 64)).astype(np.float32),)
+
+
+def test_a_segmenter_that_moves_below_its_threshold_is_not_stuck(monkeypatch):
+    Script(monkeypatch, lambda view, seed: answer(20, 30) if not view.mask.any() else "Finish")
+    head = make_head(environment=Creeping(8, 4), max_clicks=5)
+    (found,) = head.predict(Backbone, [sample(TARGET)])
+    assert found.mask == Mask.from_array(TARGET) and found.stop == "finish" and len(found.trajectory) == 4
+
+
+def test_official_is_never_stuck_and_others_do_not_count_an_answer_twice(monkeypatch):
+    script = Script(monkeypatch, lambda view, seed: answer(20, 30, iou=0.2))
+    (found,) = make_head(max_clicks=6).predict(Backbone, [sample(TARGET)], "official")
+    assert found.stop == "max_clicks" and len(found.trajectory) == 7
+    script.asked = 0
+    (found,) = make_head(max_clicks=6).predict(Backbone, [sample(TARGET)])
+    assert found.stop == "stuck" and script.asked == len(found.trajectory) == 3
+
+
+def test_a_given_mask_is_what_is_seen_and_answered(monkeypatch):
+    """Whatever the segmenter makes of it: SimpleClick only comes near."""
+
+    class Near(DisksEnvironment):
+        def begin(self, images, masks=None):
+            return super().begin(images, [None if m is None else m & (np.arange(60) < 30) for m in masks])
+
+    seen = []
+    Script(monkeypatch, lambda view, seed: seen.append(view.mask.copy()) or "Current IOU: 99, Finish")
+    start = Mask.from_array(TARGET)
+    (found,) = make_head(environment=Near(8, 4)).predict(Backbone, [sample(TARGET, start=start)])
+    assert found.mask == start and np.array_equal(seen[0], TARGET)
+
+
+def test_what_is_drawn_depends_on_the_picture_and_not_on_its_name(monkeypatch):
+    Script(monkeypatch, lambda view, seed: "?" if seed is None else answer(seed % 40, seed % 60))
+    head = make_head(on_failure="resample", resamples=1, max_clicks=1)
+    one = sample(TARGET)
+    first, second = head.predict(Backbone, [one, replace(one, id="another")])
+    assert first.trajectory[1].click == second.trajectory[1].click
+    other = replace(one, image=one.load_image().point(lambda v: v + 1))
+    assert head.predict(Backbone, [other])[0].trajectory[1].click != first.trajectory[1].click
+
+
+def test_oracle_best_does_not_count_ignored_pixels(monkeypatch):
+    ignored = Mask.from_array(np.arange(60)[None].repeat(40, 0) >= 39)
+    places = [(20, 30), (20, 47)]
+    Script(monkeypatch, lambda view, seed: answer(*places[int(view.mask.any())], iou=0.5))
+    wide = disk(20, 30, 8) | disk(20, 47, 8) & (np.arange(60) < 41)
+    (plain,) = make_head(max_clicks=2).predict(Backbone, [sample(wide)], "oracle_best")
+    (kept,) = make_head(max_clicks=2).predict(Backbone, [sample(wide, ignore=ignored)], "oracle_best")
+    assert plain.mask == plain.trajectory[1].mask and kept.mask == kept.trajectory[1].mask
+
+
+def test_data_workers_get_neither_segmenter_nor_grammar():
+    head = make_head()
+    head.environment.lock = (_ for _ in ())  # nothing can pickle a generator
+    light = pickle.loads(pickle.dumps(head.for_workers()))
+    assert light.environment is None and light.codec == head.codec and head.environment is not None
+
+
+def test_the_protocol_says_what_scores_depend_on():
+    head = make_head(max_clicks=9, on_failure="clamp")
+    facts = head.describe("generate")
+    assert facts["max_clicks"] == 9 and facts["environment"] == "DisksEnvironment(positive_radius=8, negative_radius=4)"
+    assert "clamp" in facts["answers"] and "constrained=True" in facts["answers"] and "scale=1000" in facts["codec"]
+    assert "constrained=False" in head.describe("official")["answers"]
+    assert "candidates=1" in head.describe("search")["search"] and "search" not in facts

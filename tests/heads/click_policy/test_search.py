@@ -10,6 +10,7 @@ from heads.click_policy.scripted import SIZE, Backbone, Script, answer, disk, sa
 
 from mmseg_llm.clicks import Click
 from mmseg_llm.heads import ClickPolicyHead
+from mmseg_llm.heads.click_policy import search
 from mmseg_llm.heads.click_policy.search import Search
 from mmseg_llm.masks import Mask
 from mmseg_llm.segmenters.fakes import DisksEnvironment
@@ -170,3 +171,49 @@ def test_batch_equals_single(monkeypatch):
 def test_settings(fields, message):
     with pytest.raises(ValueError, match=message):
         Search(**fields)
+
+
+def test_resampling_when_no_candidate_can_be_used(monkeypatch):
+    Script(
+        monkeypatch,
+        lambda view, seed: f"Current IOU: {100 * honest(view):.0f}, what?" if seed is None else answer(*GOOD),
+    )
+    head = make_head(candidates=1)
+    assert head.predict(Backbone, [sample(TARGET)], "search")[0].stop == "malformed"
+    head.on_failure = "resample"
+    assert head.predict(Backbone, [sample(TARGET)], "search")[0].mask == Mask.from_array(TARGET)
+    head.on_failure = "abort"
+    found = head.predict(Backbone, [sample(TARGET)], "search")[0]
+    assert found.stop == "aborted" and found.mask.area == 0
+
+
+def test_a_start_that_is_good_enough_is_left_alone(monkeypatch):
+    Script(monkeypatch, lambda view, seed: answer(*BAD, iou=0.99))
+    head = make_head(candidates=1, good_enough=0.9)
+    found = head.predict(Backbone, [sample(TARGET, start=Mask.from_array(TARGET))], "search")[0]
+    assert found.stop == "good_enough" and len(found.trajectory) == 1 and found.mask == Mask.from_array(TARGET)
+
+
+def test_no_more_pictures_are_kept_than_are_looked_at_together(monkeypatch):
+    script = Script(monkeypatch, misled)
+    alive = []
+    show = script.show
+
+    def counted(head, backbone, views):
+        alive.append(len(views))
+        return show(head, backbone, views)
+
+    monkeypatch.setattr(search, "show", counted)
+    head = make_head(candidates=3, patience=None)
+    targets = [disk(10 + i, 20 + i, 6) for i in range(12)]
+    whole = head.predict(Backbone, [sample(*targets)], "search")
+    head.batch_size = 6
+    alive.clear()
+    parts = head.predict(Backbone, [sample(*targets)], "search")
+    assert parts == whole and max(alive) <= 6
+
+
+def test_estimates_are_counted_as_such(monkeypatch):
+    Script(monkeypatch, lambda view, seed: answer(*GOOD, iou=honest(view)))
+    found = make_head(candidates=1, patience=None).predict(Backbone, [sample(TARGET)], "search")[0]
+    assert [step.status for step in found.trajectory] == ["ok", "ok", "ok", "estimate"]
