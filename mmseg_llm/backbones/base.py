@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from mmseg_llm.backbones.codec import Codec
     from mmseg_llm.masks import Size
-    from mmseg_llm.structures import Batch
+    from mmseg_llm.structures import Batch, Canvas
 
 __all__ = ["Backbone", "Constraint", "Generated", "LanguageStates", "Sampling", "VisionFeatures", "gather"]
 
@@ -233,6 +234,21 @@ class Backbone(nn.Module):
             embeds = scatter(embeds, places, gather(embeds, places) + gather(dense, batch.dense_index).to(embeds.dtype))
         deep = self.deep_arguments(features, batch.image_positions, batch.ids.shape[1])
         return LanguageStates(self._run(embeds, batch.visibility, batch.positions, **deep), features)
+
+    @torch.no_grad()
+    def open(self, canvases: Sequence[Canvas]) -> Prefix:
+        """Encode images once and cache the prefix that everything asked about each of them shares.
+
+        Args:
+            canvases: of B images, as `codec.geometry.canvas_size` asks for.
+        """
+        sizes = [canvas.size for canvas in canvases]
+        height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+        pixels = np.zeros((len(sizes), 3, height, width), np.float32)
+        for row, canvas in enumerate(canvases):
+            pixels[row, :, : canvas.size[0], : canvas.size[1]] = self.codec.pixels(canvas)
+        features = self.encode_images(torch.from_numpy(pixels).to(self.device, self.model.dtype), sizes)
+        return self.prefill(features, [self.codec.image_prefix(size) for size in sizes])
 
     @torch.no_grad()
     def prefill(self, features: VisionFeatures, prompts: Sequence[Sequence[int]]) -> Prefix:

@@ -43,6 +43,26 @@ def save_weights(model: PerceptionModel, folder: Path) -> Path:
     return folder / WEIGHTS
 
 
+def new_run(folder: str | Path) -> Path:
+    """A folder that holds no run yet.
+
+    Raises:
+        ValueError: if it does.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if (Path(folder) / name).exists():
+            raise ValueError(f"{folder} already holds a {name}; choose another output folder")
+    return Path(folder)
+
+
+def save_run(model: PerceptionModel, folder: Path, settings: dict[str, Any]) -> Path:
+    """Write a run folder of a model that was not trained here, with the settings (`backbone`, `heads`) it was built from."""
+    save_weights(model, folder)
+    text = yaml.safe_dump({"model": settings}, sort_keys=False, allow_unicode=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    return folder
+
+
 def load_model(folder: str | Path, attention: str | None = None) -> PerceptionModel:
     """Build the model of a run folder and load its weights strictly.
 

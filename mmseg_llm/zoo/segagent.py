@@ -9,12 +9,10 @@ import copy
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from mmseg_llm.backbones.loading import cast
 from mmseg_llm.backbones.qwen_vl_chat import QwenVlChatBackbone
 from mmseg_llm.model import PerceptionModel
-from mmseg_llm.training.checkpoint import CONFIG, WEIGHTS, save_weights
+from mmseg_llm.training.checkpoint import new_run, save_run
 
 HEADS: dict[str, Any] = {
     "click_policy": {
@@ -70,18 +68,12 @@ def convert_segagent(
     Raises:
         ValueError: as `load_segagent`, or if the folder holds a model already.
     """
-    folder = Path(output)
-    for name in (CONFIG, WEIGHTS):
-        if (folder / name).exists():
-            raise ValueError(f"{folder} already holds a {name}; choose another output folder")
+    folder = new_run(output)
     chosen = copy.deepcopy(HEADS if heads is None else heads)
     model = load_segagent(source, dtype=dtype, attention=attention, heads=chosen)
-    save_weights(model, folder)
     arguments = {"source": str(source), "dtype": dtype, "attention": attention}
     backbone = {"class_path": "mmseg_llm.backbones.QwenVlChatBackbone", "init_args": arguments}
-    settings = {"model": {"backbone": backbone, "heads": chosen}}
-    (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return folder
+    return save_run(model, folder, {"backbone": backbone, "heads": chosen})
 
 
 def _build_heads(settings: dict[str, Any]) -> Any:

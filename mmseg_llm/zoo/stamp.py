@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
 
 from mmseg_llm.backbones.qwen_vl import QwenVLBackbone
 from mmseg_llm.heads.all_mask.head import AllMaskHead
 from mmseg_llm.model import PerceptionModel
-from mmseg_llm.training.checkpoint import CONFIG, WEIGHTS, save_weights
+from mmseg_llm.training.checkpoint import new_run, save_run
 from mmseg_llm.zoo.stamp_adapter import Adapter, fit_vocabulary, merge, merged_state
 from mmseg_llm.zoo.stamp_files import (
     CLASSIFIER,
@@ -132,10 +131,7 @@ def convert_stamp(
     Raises:
         ValueError: as `load_stamp`, or if the folder holds a model already.
     """
-    folder = Path(output)
-    for name in (CONFIG, WEIGHTS):
-        if (folder / name).exists():
-            raise ValueError(f"{folder} already holds a {name}; choose another output folder")
+    folder = new_run(output)
     model = load_stamp(
         source,
         base=base,
@@ -147,10 +143,7 @@ def convert_stamp(
         upsampling=upsampling,
         max_new_tokens=max_new_tokens,
     )
-    save_weights(model, folder)
-    settings = {"model": _settings(model, str(source))}
-    (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return folder
+    return save_run(model, folder, _settings(model, str(source)))
 
 
 def state_dict_stamp(model: PerceptionModel) -> dict[str, torch.Tensor]:

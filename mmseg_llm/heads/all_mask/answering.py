@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 
 from mmseg_llm.geometry import covers, frame
@@ -79,13 +78,7 @@ def open_images(head: AllMaskHead, backbone: Backbone, samples: Sequence[Sample]
     """Encode images once and cache their shared prefix; the frames are what the mask grids cover."""
     codec = backbone.codec
     canvases = [head.canvas(sample, codec) for sample in samples]
-    sizes = [canvas.size for canvas in canvases]
-    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
-    pixels = np.zeros((len(sizes), 3, height, width), np.float32)
-    for row, canvas in enumerate(canvases):
-        pixels[row, :, : canvas.size[0], : canvas.size[1]] = codec.pixels(canvas)
-    features = backbone.encode_images(torch.from_numpy(pixels).to(backbone.device, backbone.model.dtype), sizes)
-    prefix = backbone.prefill(features, [codec.image_prefix(size) for size in sizes])
+    prefix = backbone.open(canvases)
     return prefix, [frame(canvas, codec.geometry.covered(canvas.size)) for canvas in canvases]
 
 

@@ -87,13 +87,7 @@ def show(head: ClickPolicyHead, backbone: Backbone, views: Sequence[View]) -> Sh
         view = views[rows.index(row)]
         size = codec.geometry.canvas_size((view.image.height, view.image.width))
         canvases.append(stretch(head.overlay(view.image, view.mask), size))
-    sizes = [canvas.size for canvas in canvases]
-    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
-    pixels = np.zeros((len(sizes), 3, height, width), np.float32)
-    for row, canvas in enumerate(canvases):
-        pixels[row, :, : canvas.size[0], : canvas.size[1]] = codec.pixels(canvas)
-    features = backbone.encode_images(torch.from_numpy(pixels).to(backbone.device, backbone.model.dtype), sizes)
-    return Shown(list(views), rows, backbone.prefill(features, [codec.image_prefix(size) for size in sizes]))
+    return Shown(list(views), rows, backbone.open(canvases))
 
 
 def ask(
