@@ -182,8 +182,12 @@ class Trajectory:
         """Inverse of `to_json`.
 
         Raises:
-            ValueError: if a field is missing or unknown, or a mask has another size than the target.
+            ValueError: if a field is missing, unknown or of another type, or a mask has another size than the target.
         """
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"a trajectory record is a JSON object, this is {type(record).__name__}; write it with Trajectory.to_json"
+            )
         try:
             size = (int(record["target"]["size"][0]), int(record["target"]["size"][1]))
             caption = record["caption"]
@@ -204,6 +208,10 @@ class Trajectory:
             )
         except KeyError as error:
             raise ValueError(f"trajectory record lacks the field {error}; write it with Trajectory.to_json") from error
+        except (TypeError, IndexError, AttributeError, OverflowError) as error:
+            raise ValueError(
+                f"a field of the trajectory record is damaged ({error}); write it with Trajectory.to_json"
+            ) from error
 
 
 def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> None:

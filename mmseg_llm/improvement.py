@@ -9,9 +9,8 @@ Legend: H W pixels.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,19 @@ from mmseg_llm.clicks import Click, ClickStep, Stop, Trajectory
 from mmseg_llm.heads.click_policy.asking import Reply, View, ask, show
 from mmseg_llm.heads.click_policy.episodes import Episode, draw_seed, open_episodes, usable
 from mmseg_llm.heads.click_policy.head import ClickPolicyHead
-from mmseg_llm.masks import Mask
+from mmseg_llm.masks import Mask, Size
+from mmseg_llm.resuming import TrajectoryFile, to_lines, whole_name
+from mmseg_llm.segmenters.environment import describe_environment
 from mmseg_llm.segmenters.oracle import next_click
-from mmseg_llm.trajectories import whole_lines
+from mmseg_llm.segmenters.recorder import check_limits, iou_outside
+from mmseg_llm.trajectories import has_target
 
 if TYPE_CHECKING:
     from mmseg_llm.backbones.base import Backbone
     from mmseg_llm.data.base import SampleDataset
     from mmseg_llm.model import PerceptionModel
     from mmseg_llm.segmenters.environment import Observation
-    from mmseg_llm.structures import Sample
+    from mmseg_llm.structures import Query, Sample
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Correction:
         iou_threshold: a mask of this IoU ends an episode.
         min_gain: what an action must add to the IoU of the mask it was made on; one that adds as much or less is corrected.
         is_greedy: play the likeliest answers instead of drawing them.
-        keep_mistakes: also record the masks that mistakes led to.
+        keep_mistakes: also record the masks that mistakes led to, with the way out of them, as trajectories of their own.
     """
 
     iou_threshold: float = 0.95
@@ -49,27 +51,60 @@ class Correction:
     is_greedy: bool = False
     keep_mistakes: bool = True
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError for values out of range."""
+        check_limits(self.iou_threshold, self.min_gain)
+
+
+@dataclass
+class Played:
+    """What the policy's play on one sample left.
+
+    Attributes:
+        trajectories: one per query, followed by those that start from its mistakes.
+        ious: of the last mask of each query.
+        actions: of the policy.
+        corrected: actions in whose place the oracle's click was put.
+    """
+
+    trajectories: list[Trajectory] = field(default_factory=list)
+    ious: list[float] = field(default_factory=list)
+    actions: int = 0
+    corrected: int = 0
+
 
 @dataclass
 class _Rollout:
-    """An episode with its label; `target` is bool `(H, W)`."""
+    """An episode with its label; `target` and `ignored` are bool `(H, W)`."""
 
     episode: Episode
     target: np.ndarray
-    iou: float
+    ignored: np.ndarray
+    start_iou: float = 0.0
+    iou: float = 0.0
     kept: list[ClickStep] = field(default_factory=list)
     rejected: list[ClickStep] = field(default_factory=list)
     mistakes: list[Trajectory] = field(default_factory=list)
+    actions: int = 0
     corrected: int = 0
     stop: Stop | None = None
 
+    @classmethod
+    def of(cls, episode: Episode, query: Query, size: Size) -> _Rollout:
+        """An episode at its start. Masks are decoded from copies: those of the dataset would keep their pixels."""
+        target = replace(query.target(size)).array
+        ignored = np.zeros(target.shape, bool) if query.ignore is None else replace(query.ignore).array
+        item = cls(episode, target, ignored)
+        item.start_iou = item.iou = item.iou_of(episode.view.mask)
+        return item
+
     def iou_of(self, mask: np.ndarray) -> float:
-        """With the target, which is not empty."""
-        return float((mask & self.target).sum() / (mask | self.target).sum())
+        """With the target, over what is not ignored."""
+        return iou_outside(self.target, mask, self.ignored)
 
     def oracle(self, mask: np.ndarray, clicks: Sequence[Click]) -> Click | None:
         """Its next click on a mask."""
-        return next_click(self.target, mask, clicked=clicks, rule="clean")
+        return next_click(self.target, mask, ignore=self.ignored, clicked=clicks, rule="clean")
 
     def go(self, click: Click, observation: Observation, state: Any) -> None:
         """Keep a click and go on from its mask."""
@@ -78,29 +113,20 @@ class _Rollout:
         self.episode.move(click, observation, state)
 
 
-def rollout(
-    head: ClickPolicyHead, backbone: Backbone, samples: Sequence[Sample], rules: Correction
-) -> list[list[Trajectory]]:
+def rollout(head: ClickPolicyHead, backbone: Backbone, samples: Sequence[Sample], rules: Correction) -> list[Played]:
     """Play and correct all labelled queries of some samples, in lock-step.
 
     Args:
         head: of the policy, with its environment; `head.search` says how answers are drawn.
         backbone: it looks through.
-        samples: labelled; queries without a target are passed over.
+        samples: labelled; queries without a target outside of what is ignored are passed over.
         rules: what counts as help.
-
-    Returns:
-        Per sample, its trajectories: one per query, followed by those that start from its mistakes.
     """
-    asked = [
-        replace(s, queries=tuple(q for q in s.queries if q.masks is not None and not q.is_no_target)) for s in samples
+    asked = [_asked(sample) for sample in samples]
+    played = [
+        _Rollout.of(episode, asked[episode.row].queries[episode.query_id], asked[episode.row].size)
+        for episode in open_episodes(head, head.click_environment(), asked)
     ]
-    played = []
-    for episode in open_episodes(head, head.click_environment(), asked):
-        query = asked[episode.row].queries[episode.query_id]
-        target = query.target(asked[episode.row].size).array
-        played.append(_Rollout(episode, target, 0.0))
-        played[-1].iou = played[-1].iou_of(episode.view.mask)
     for _ in range(head.max_clicks):
         alive = [item for item in played if item.stop is None]
         for item in alive:
@@ -112,11 +138,24 @@ def rollout(
         _step(head, backbone, alive, rules)
     for item in played:
         item.stop = item.stop or ("iou" if item.iou >= rules.iou_threshold else "max_clicks")
-    found: list[list[Trajectory]] = [[] for _ in samples]
+    found = [Played() for _ in samples]
     for item in played:
-        sample = asked[item.episode.row]
-        found[item.episode.row] += _trajectories(item, sample, item.episode.query_id)
+        left = found[item.episode.row]
+        left.trajectories += _trajectories(item, asked[item.episode.row])
+        left.ious.append(item.iou)
+        left.actions += item.actions
+        left.corrected += item.corrected
     return found
+
+
+def _asked(sample: Sample) -> Sample:
+    """A sample with the queries that can be played, each under its name."""
+    queries = [
+        replace(query, id=query.id or str(index))
+        for index, query in enumerate(sample.queries)
+        if query.masks is not None and has_target(query, sample.size)
+    ]
+    return replace(sample, queries=tuple(queries))
 
 
 def _step(head: ClickPolicyHead, backbone: Backbone, alive: Sequence[_Rollout], rules: Correction) -> None:
@@ -131,13 +170,17 @@ def _step(head: ClickPolicyHead, backbone: Backbone, alive: Sequence[_Rollout], 
     wrong: list[int] = []
     for i, item in enumerate(alive):
         click = clicks[i]
+        item.actions += 1
         if click is not None and item.iou_of(outcome[i][0].mask) > item.iou + rules.min_gain:
             item.go(click, *outcome[i])
         else:
             wrong.append(i)
-    _correct(head, [(alive[i], before[i], masks[i]) for i in wrong], rules)
+    mistakes = [(alive[i], tried[i], outcome[i]) for i in wrong if i in outcome]
+    for item, click, (observation, _) in mistakes:
+        item.rejected.append(ClickStep(click, Mask.from_array(observation.mask), item.iou_of(observation.mask)))
     if rules.keep_mistakes:
-        _leave_mistakes(head, [(alive[i], clicks[i], outcome[i]) for i in wrong if i in outcome])
+        _leave_mistakes(head, mistakes)  # of episodes that are where the mistakes were made, so before the correction
+    _correct(head, [(alive[i], before[i], masks[i]) for i in wrong], rules)
 
 
 def _answers(head: ClickPolicyHead, backbone: Backbone, alive: Sequence[_Rollout], rules: Correction) -> list[Reply]:
@@ -167,48 +210,48 @@ def _correct(head: ClickPolicyHead, wrong: Sequence[tuple[_Rollout, Any, np.ndar
             item.stop = "low_gain"
 
 
-def _leave_mistakes(
-    head: ClickPolicyHead, wrong: Sequence[tuple[_Rollout, Click | None, tuple[Observation, Any]]]
-) -> None:
+def _leave_mistakes(head: ClickPolicyHead, wrong: Sequence[tuple[_Rollout, Click, tuple[Observation, Any]]]) -> None:
     """Record the masks that mistakes led to, with the oracle's click on them."""
     found = []
     for item, click, (observation, state) in wrong:
-        assert click is not None
-        iou = item.iou_of(observation.mask)
-        item.rejected.append(ClickStep(click, Mask.from_array(observation.mask), iou))
         if np.array_equal(observation.mask, item.episode.view.mask):
             continue  # the same picture as one that is recorded already
         way_out = item.oracle(observation.mask, [*item.episode.clicks, click])
         if way_out is not None:
-            found.append((item, observation, iou, state, way_out))
-    results = head.click_environment().advance([entry[3] for entry in found], [entry[4] for entry in found])
-    for (item, observation, iou, _, way_out), (after, _) in zip(found, results, strict=True):
+            found.append((item, observation, state, way_out))
+    results = head.click_environment().advance([entry[2] for entry in found], [entry[3] for entry in found])
+    for (item, observation, _, way_out), (after, _) in zip(found, results, strict=True):
         step = ClickStep(way_out, Mask.from_array(after.mask), item.iou_of(after.mask))
         item.mistakes.append(
             Trajectory(
                 target=Mask.from_array(item.target),
                 steps=(step,),
                 start=Mask.from_array(observation.mask),
-                start_iou=iou,
+                start_iou=item.iou_of(observation.mask),
                 given=(*observation.clicks,),
                 stop="max_clicks",
             )
         )
 
 
-def _trajectories(item: _Rollout, sample: Sample, index: int) -> list[Trajectory]:
+def _trajectories(item: _Rollout, sample: Sample) -> list[Trajectory]:
     """What an episode leaves, under the name of its query."""
-    query, start = sample.queries[index], item.episode.steps[0].mask
+    query, start = sample.queries[item.episode.query_id], item.episode.steps[0].mask
     main = Trajectory(
         target=Mask.from_array(item.target),
         steps=tuple(item.kept),
         rejected=tuple(item.rejected),
         start=start if start.area else None,
-        start_iou=item.iou_of(start.array),
+        start_iou=item.start_iou,
         stop=item.stop or "max_clicks",
     )
-    name = query.id or str(index)
-    return [replace(t, image=sample.id, object_id=name, caption=(query.text,)) for t in (main, *item.mistakes)]
+    about: dict[str, Any] = {
+        "image": sample.id,
+        "object_id": query.id,
+        "caption": (query.text,),
+        "ignore": query.ignore,
+    }
+    return [replace(trajectory, **about) for trajectory in (main, *item.mistakes)]
 
 
 def rollout_dataset(
@@ -219,6 +262,7 @@ def rollout_dataset(
     head: str | None = None,
     rules: Correction | None = None,
     batch_size: int = 16,
+    origin: str = "",
 ) -> dict[str, Any]:
     """Write the corrected trajectories of a policy on a dataset; goes on where an earlier call was stopped.
 
@@ -227,17 +271,19 @@ def rollout_dataset(
     Args:
         model: with a click policy, on its device.
         dataset: labelled.
-        output: JSONL file; the images it holds already are not played again.
+        output: JSONL file; the images it holds already are not played again. What it was made with lies beside it
+            (`<output>.rules.json`).
         head: name of the policy; the first head when None.
         rules: what counts as help.
         batch_size: images at once; part of nothing that is written.
+        origin: where the model is from, such as its run folder: a file of another one is not gone on with.
 
     Returns:
-        Counts: `images`, `objects` and `trajectories` written now, `present` images before, `actions`, share of them that was
-        `corrected`, mean final `iou`.
+        Counts: `images`, `objects` and `trajectories` written now, `present` images before, `actions` of the policy, share of
+        them that was `corrected`, mean final `iou`.
 
     Raises:
-        ValueError: for a head that is no click policy, or a damaged file.
+        ValueError: for a head that is no click policy, or a file that is damaged or was begun with other rules.
     """
     from rich.progress import track
 
@@ -245,41 +291,28 @@ def rollout_dataset(
     if not isinstance(policy, ClickPolicyHead):
         raise ValueError(f"head '{policy.name}' is no click policy; train one with configs/segagent_tiny.yaml")
     rules = rules or Correction()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    done = _finished_images(output)
-    indices = [index for index in range(len(dataset)) if not done or dataset[index].id not in done]
-    counts: dict[str, Any] = {"images": 0, "objects": 0, "trajectories": 0, "present": len(done)}
-    totals = {"actions": 0, "corrected": 0, "iou": 0.0}
-    with output.open("a", encoding="utf-8") as file:
-        starts = range(0, len(indices), batch_size)
-        for start in track(starts, description="playing", transient=True):
-            samples = [dataset[index] for index in indices[start : start + batch_size]]
-            for found in rollout(policy, model.backbone, samples, rules):
-                file.write("".join(json.dumps(t.to_json(), ensure_ascii=False) + "\n" for t in found))
-                counts["images"] += 1
-                counts["trajectories"] += len(found)
-                for trajectory in _mains(found):
-                    counts["objects"] += 1
-                    totals["actions"] += len(trajectory.steps) + (trajectory.stop == "low_gain")
-                    totals["corrected"] += len(trajectory.rejected)
-                    totals["iou"] += trajectory.iou
-            file.flush()
-    totals["corrected"] /= max(1, totals["actions"])
-    totals["iou"] /= max(1, counts["objects"])
-    return counts | totals
+    file = TrajectoryFile(output, _made_with(policy, rules, origin) | {"dataset": whole_name(dataset)})
+    indices = [index for index in range(len(dataset)) if not file.images or dataset[index].id not in file.images]
+    counts: dict[str, Any] = {"images": len(indices), "objects": 0, "trajectories": 0, "present": len(file.images)}
+    counts |= {"actions": 0, "corrected": 0, "iou": 0.0}
+    for start in track(range(0, len(indices), batch_size), description="playing", transient=True):
+        samples = [dataset[index] for index in indices[start : start + batch_size]]
+        for played in rollout(policy, model.backbone, samples, rules):
+            file.append(to_lines(played.trajectories))
+            counts["objects"] += len(played.ious)
+            counts["trajectories"] += len(played.trajectories)
+            counts["actions"] += played.actions
+            counts["corrected"] += played.corrected
+            counts["iou"] += sum(played.ious)
+    counts["corrected"] /= max(1, counts["actions"])
+    counts["iou"] /= max(1, counts["objects"])
+    return counts
 
 
-def _mains(found: Sequence[Trajectory]) -> Iterator[Trajectory]:
-    """The episodes among what a sample left, without those that start from mistakes."""
-    return (trajectory for trajectory in found if not trajectory.given)
-
-
-def _finished_images(output: Path) -> set[str]:
-    """Images that an earlier call finished; what it left of the last one is taken away, which may be a part."""
-    lines = whole_lines(output)
-    images = [str(json.loads(line)["image"]) for line in lines]
-    if not images:
-        return set()
-    kept = [line for line, image in zip(lines, images, strict=True) if image != images[-1]]
-    output.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return set(images) - {images[-1]}
+def _made_with(policy: ClickPolicyHead, rules: Correction, origin: str) -> dict[str, Any]:
+    """What the trajectories of a dataset depend on, the dataset left out."""
+    names = ("name", "max_clicks", "constrained", "on_failure", "seed")
+    plays = {name: getattr(policy, name) for name in names} | {"origin": origin}
+    plays["sampling"] = [policy.search.temperature, policy.search.top_p]
+    environment = describe_environment(policy.click_environment())
+    return {"rules": asdict(rules), "policy": plays, "environment": environment}

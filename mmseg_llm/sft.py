@@ -13,7 +13,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -27,6 +27,7 @@ from mmseg_llm.heads.click_policy.text import write
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mmseg_llm.heads.click_policy.head import ClickPolicyHead
     from mmseg_llm.structures import Mask, Query, Sample, Size
 
 Style = Literal["llava", "qwen", "chat"]
@@ -105,6 +106,47 @@ def export_sft(
     return counts
 
 
+def read_policy(run: str | Path, style: Style, head: str | None = None) -> ClickPolicyHead:
+    """The click policy of a run folder as its configuration describes it, without weights and without an environment: its codec,
+    overlay, prompts and `with_iou` are what an export has to say to fit it.
+
+    Args:
+        run: run folder.
+        style: of the export.
+        head: name of the policy; the first head when None.
+
+    Raises:
+        ValueError: for a folder that is no run, a head that is no click policy, or a style in other words than the policy's.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from mmseg_llm.heads.base import Head
+    from mmseg_llm.heads.click_policy.head import ClickPolicyHead
+    from mmseg_llm.training.checkpoint import CONFIG, read_model_settings
+
+    path = Path(run) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"run folder {run} has no {CONFIG}; give the run folder of a training")
+    heads = read_model_settings(path)["heads"]
+    name = next(iter(heads), "") if head is None else head
+    if name not in heads:
+        raise ValueError(f"{path} has no head '{name}'; it has {', '.join(heads) or 'none'}")
+    settings = dict(heads[name])
+    settings["init_args"] = {k: v for k, v in (settings.get("init_args") or {}).items() if k != "environment"}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Head, "head")
+    try:
+        policy = parser.instantiate_classes(parser.parse_object({"head": settings})).head
+    except ArgumentError as error:
+        raise ValueError(f"{path}, head '{name}': {' '.join(str(error).split())}") from error
+    if not isinstance(policy, ClickPolicyHead):
+        raise ValueError(f"head '{name}' of {run} is no click policy; name one with --head, or leave out --checkpoint")
+    if (style == "qwen") != (policy.prompt_style == "qwen"):
+        words, remedy = ("its own words", "chat or llava") if style == "qwen" else ("the released words", "qwen")
+        raise ValueError(f"the policy of {run} is asked in {words}; use --style {remedy}")
+    return policy
+
+
 class Composites:
     """The pictures of an export, each written once.
 
@@ -136,7 +178,7 @@ class Composites:
         if name not in self._present:
             if self._last is None or self._last[0] != image:  # the steps of an image mostly come one after the other
                 self._last = (image, sample.load_image())
-            shown = np.zeros(sample.size, bool) if start is None else start.array
+            shown = np.zeros(sample.size, bool) if start is None else replace(start).array
             self._save(self.overlay(self._last[1], shown), name)
             self._present.add(name)
             self.written += 1

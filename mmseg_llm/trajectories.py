@@ -5,26 +5,26 @@ One JSON line per object in the order of the dataset, whatever the number of pro
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmseg_llm.clicks import Click, Trajectory, read_trajectories
-from mmseg_llm.segmenters.recorder import LowGain, record
+from mmseg_llm.clicks import Click, Trajectory
+from mmseg_llm.resuming import TrajectoryFile, to_lines, whole_name
+from mmseg_llm.segmenters.recorder import LowGain, check_limits, record
 from mmseg_llm.segmenters.starts import random_start
 
 if TYPE_CHECKING:
     from mmseg_llm.data.base import SampleDataset
     from mmseg_llm.segmenters.environment import Environment
-    from mmseg_llm.structures import Sample
+    from mmseg_llm.structures import Query, Sample, Size
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,35 @@ class Rules:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises: ValueError for a negative number of starts."""
+        """Raises: ValueError for a negative number of starts, or limits out of range."""
+        check_limits(self.iou_threshold, self.min_gain)
+        if self.max_clicks < 1:
+            raise ValueError(f"max_clicks is {self.max_clicks}; it must be at least 1")
         if self.random_starts < 0:
             raise ValueError(f"random_starts is {self.random_starts}; it must not be negative")
+
+
+def has_target(query: Query, size: Size) -> bool:
+    """Whether a labelled query asks for something that has pixels outside of what is ignored; without them no IoU exists.
+
+    Raises:
+        ValueError: if the query is unlabelled.
+    """
+    target = query.target(size)
+    return target.area > (0 if query.ignore is None else target.intersection(query.ignore))
 
 
 def objects(sample: Sample) -> list[tuple[int, tuple[str, ...]]]:
     """The objects of a sample: index of the first query of each different target, and all expressions for it.
 
-    Queries without label or without target are no objects.
+    Queries without label, without target, or with one of ignored pixels only are no objects.
     """
-    found: dict[str, tuple[int, list[str]]] = {}
+    found: dict[tuple[str, str], tuple[int, list[str]]] = {}
     for index, query in enumerate(sample.queries):
-        if query.masks is None or query.is_no_target:
+        if query.masks is None or not has_target(query, sample.size):
             continue
-        found.setdefault(query.target(sample.size).counts, (index, []))[1].append(query.text)
+        key = (query.target(sample.size).counts, "" if query.ignore is None else query.ignore.counts)
+        found.setdefault(key, (index, []))[1].append(query.text)
     return [(index, tuple(texts)) for index, texts in found.values()]
 
 
@@ -100,7 +114,8 @@ def record_dataset(
     Args:
         dataset: of labelled samples.
         environment: config of the segmenter that is clicked on (`configs/environments/*.yaml`).
-        output: JSONL file; what it holds already is not computed again.
+        output: JSONL file; the images that it holds already are not clicked on again. What it was made with lies beside it
+            (`<output>.rules.json`).
         rules: when a trajectory ends.
         workers: processes.
 
@@ -108,63 +123,56 @@ def record_dataset(
         Counts: `objects` written now, `present` before, `without_target` queries, mean `iou` and `clicks` of those written now.
 
     Raises:
-        ValueError: for a file that is damaged elsewhere than in its last line, or an environment that cannot be built.
+        ValueError: for a file that is damaged elsewhere than in its last line, or was begun with other rules, another environment
+            or dataset; or an environment that cannot be built.
     """
     from rich.progress import track
 
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least one is needed")
     rules = rules or Rules()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    present = _present(output)
-    done: dict[str, int] = {}
-    for trajectory in present:
-        done[str(trajectory.image)] = done.get(str(trajectory.image), 0) + 1
-    indices = [
-        index for index in range(len(dataset)) if not done or _is_open(dataset, index, done, rules.random_starts or 1)
-    ]
-    counts = {"objects": 0, "present": len(present), "without_target": 0, "iou": 0.0, "clicks": 0.0}
-    with output.open("a", encoding="utf-8") as file:
-        for index, lines in track(
-            _run(dataset, environment, rules, indices, workers),
-            description="clicking",
-            total=len(indices),
-            transient=True,
-        ):
-            skip = done.get(dataset[index].id, 0) if done else 0  # of an image that was half done
-            counts["without_target"] += lines["without_target"]
-            for line, iou, clicks in lines["trajectories"][skip:]:
-                file.write(line + "\n")
-                counts["objects"] += 1
-                counts["iou"] += iou
-                counts["clicks"] += clicks
-            file.flush()
+    made_with = {"rules": asdict(rules), "environment": _settings(environment), "dataset": whole_name(dataset)}
+    file = TrajectoryFile(output, made_with)
+    indices = [index for index in range(len(dataset)) if not file.images or dataset[index].id not in file.images]
+    counts = {"objects": 0, "present": file.num_lines, "without_target": 0, "iou": 0.0, "clicks": 0.0}
+    results = _run(dataset, environment, rules, indices, workers)
+    for result in track(results, description="clicking", total=len(indices), transient=True):
+        file.append(result.lines)
+        counts["objects"] += len(result.ious)
+        counts["without_target"] += result.without_target
+        counts["iou"] += sum(result.ious)
+        counts["clicks"] += result.clicks
     for name in ("iou", "clicks"):
         counts[name] = counts[name] / counts["objects"] if counts["objects"] else 0.0
     return counts
 
 
-def _present(output: Path) -> list[Trajectory]:
-    """What an earlier call wrote."""
-    return list(read_trajectories(output)) if whole_lines(output) else []
+def _settings(environment: Path) -> Any:
+    """What a config says, whatever its layout and comments.
+
+    Raises:
+        ValueError: if it is missing or no YAML.
+    """
+    import yaml
+
+    if not environment.is_file():
+        raise ValueError(
+            f"no environment config '{environment}'; give a file such as configs/environments/grabcut.yaml"
+        )
+    try:
+        return yaml.safe_load(environment.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{environment} is no valid YAML: {' '.join(str(error).split())}") from error
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that may have been left in the middle of one, whose piece is taken away; none without a file."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) != len(content):
-        path.write_bytes(whole)
-    return whole.decode("utf-8").splitlines()
+@dataclass(frozen=True)
+class _Result:
+    """What an image gives: lines of the file, IoU of each, clicks in all, and queries that are no objects."""
 
-
-def _is_open(dataset: SampleDataset, index: int, done: dict[str, int], per_object: int) -> bool:
-    """Whether a sample has objects that are not written yet."""
-    sample = dataset[index]
-    count = len(objects(sample)) * per_object
-    return done.get(sample.id, 0) < count or not count
+    lines: str
+    ious: list[float]
+    clicks: int
+    without_target: int
 
 
 _STATE: dict[str, Any] = {}
@@ -180,17 +188,16 @@ def _start(dataset: SampleDataset, environment: Path) -> None:
     _STATE.update(dataset=dataset, environment=read_environment(environment))
 
 
-def _work(index: int, rules: Rules) -> tuple[int, dict[str, Any]]:
+def _work(index: int, rules: Rules) -> _Result:
     sample = _STATE["dataset"][index]
     recorded = record_sample(sample, _STATE["environment"], rules)
-    lines = [(json.dumps(t.to_json(), ensure_ascii=False), t.iou, len(t.steps)) for t in recorded]
-    missing = sum(query.masks is None or query.is_no_target for query in sample.queries)
-    return index, {"trajectories": lines, "without_target": missing}
+    missing = sum(query.masks is None or not has_target(query, sample.size) for query in sample.queries)
+    return _Result(to_lines(recorded), [t.iou for t in recorded], sum(len(t.steps) for t in recorded), missing)
 
 
 def _run(
     dataset: SampleDataset, environment: Path, rules: Rules, indices: list[int], workers: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[_Result]:
     """Results in the order of the indices."""
     work = partial(_work, rules=rules)
     if workers == 1:

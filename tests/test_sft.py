@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from mmseg_llm.cli import main
 from mmseg_llm.clicks import ClickStep, Trajectory, write_trajectories
 from mmseg_llm.data.trajectories import TrajectoryDataset
 from mmseg_llm.heads.click_policy.codec import UNIT_DECIMAL, ClickCodec
 from mmseg_llm.heads.click_policy.overlay import Overlay
 from mmseg_llm.heads.click_policy.prompts import QWEN_PROMPT, ClickPrompts
-from mmseg_llm.heads.click_policy.text import Status, parse
-from mmseg_llm.sft import FILES, export_sft
+from mmseg_llm.heads.click_policy.text import Status, parse, write
+from mmseg_llm.sft import FILES, export_sft, read_policy
 from mmseg_llm.structures import Click, Mask, NextClick, Query, Sample
 
 SIZE = (48, 64)
@@ -221,3 +223,79 @@ def test_refusals_say_what_to_change(dataset, tmp_path):
     missing = replace(dataset[0], image=tmp_path / "gone.jpg")
     with pytest.raises(ValueError, match=r"gone\.jpg cannot be read"):
         export_sft([missing], tmp_path, "chat")
+
+
+def run(folder, **arguments):
+    """A run folder with a policy, as training leaves its configuration; no weights are needed."""
+    environment = {"class_path": "mmseg_llm.segmenters.SamEnvironment", "init_args": {"source": "/nowhere"}}
+    policy = {
+        "class_path": "mmseg_llm.heads.ClickPolicyHead",
+        "init_args": {"environment": environment, **arguments},
+    }
+    heads = {"clicks": policy, "masks": {"class_path": "mmseg_llm.heads.AllMaskHead"}}
+    backbone = {"class_path": "mmseg_llm.backbones.InternVLBackbone", "init_args": {"source": "/nowhere"}}
+    folder.mkdir()
+    content = {"model": {"backbone": backbone, "heads": heads}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def test_an_export_fits_the_policy_of_a_run(dataset, tmp_path):
+    path = run(
+        tmp_path / "run",
+        codec={"scale": 10, "axis_order": "xy"},
+        overlay={"colour": "blue", "alpha": 0.25},
+        prompts={"questions": ["Improve {x} ({colour})."]},
+        with_iou=False,
+    )
+    words = ["--trajectories", str(tmp_path / "clicks.jsonl"), "--images", str(tmp_path / "source")]
+    output = tmp_path / "out"
+    assert (
+        main(["data", "sft", *words, "--checkpoint", str(path), "--output", str(output), "--image_format", "png"]) == 0
+    )
+    codec, records = ClickCodec(scale=10, axis_order="xy"), read(output, "chat")
+    for record, (sample, query) in zip(records, labels(dataset), strict=True):
+        image, question, answer = turns(record)
+        assert question == f"Improve {query.text} (blue)."
+        assert answer == write(query.next_click.click, SIZE, codec, None, query.next_click.is_finished)
+        mask = np.zeros(SIZE, bool) if query.start is None else query.start.array
+        expected = np.asarray(Overlay("blue", 0.25)(sample.load_image(), mask))
+        assert np.array_equal(np.asarray(Image.open(output / image)), expected)
+    settings = json.loads((output / "chat.settings.json").read_text())
+    assert ClickCodec.from_metadata(settings["codec"]) == codec and not settings["with_iou"]
+    words += ["--checkpoint", str(path), "--output", str(output), "--with_iou", "true"]
+    assert main(["data", "sft", *words]) == 0
+    assert read(output, "chat")[0]["messages"][1]["content"].startswith("Current IOU: ")
+    defaults = ["--trajectories", str(tmp_path / "clicks.jsonl"), "--images", str(tmp_path / "source")]
+    assert main(["data", "sft", *defaults, "--output", str(tmp_path / "plain")]) == 0
+    settings = json.loads((tmp_path / "plain" / "chat.settings.json").read_text())
+    assert settings["with_iou"] and ClickCodec.from_metadata(settings["codec"]) == ClickCodec()
+
+
+def test_runs_that_fit_no_export_are_refused(dataset, tmp_path, capsys):
+    path, released = run(tmp_path / "run"), run(tmp_path / "released", prompt_style="qwen")
+    assert read_policy(path, "llava").name == "" and read_policy(released, "qwen").prompt_style == "qwen"
+    assert read_policy(path, "chat", "clicks").environment is None
+    with pytest.raises(ValueError, match=r"'masks' of .* is no click policy"):
+        read_policy(path, "chat", "masks")
+    with pytest.raises(ValueError, match=r"has no head 'x'; it has clicks, masks"):
+        read_policy(path, "chat", "x")
+    with pytest.raises(ValueError, match="in its own words; use --style chat or llava"):
+        read_policy(path, "qwen")
+    with pytest.raises(ValueError, match="in the released words; use --style qwen"):
+        read_policy(released, "chat")
+    with pytest.raises(ValueError, match=r"has no config\.yaml"):
+        read_policy(tmp_path, "chat")
+    broken = run(tmp_path / "broken", with_iou="perhaps")
+    with pytest.raises(ValueError, match=r"config\.yaml, head 'clicks': .*with_iou"):
+        read_policy(broken, "chat")
+    words = ["--trajectories", str(tmp_path / "clicks.jsonl"), "--output", str(tmp_path / "out"), "--head", "clicks"]
+    assert main(["data", "sft", *words, "--images", str(tmp_path / "source")]) == 2
+    assert "give its folder as --checkpoint" in capsys.readouterr().err
+
+
+def test_masks_of_the_dataset_keep_no_pixels(tmp_path):
+    start = square(1, 2)
+    query = Query("cup", start=start, next_click=NextClick(Click(1, 2, True), 0.0))
+    export_sft([Sample(photo(), SIZE, (query,), id="1")], tmp_path, "chat")
+    assert "array" not in vars(start)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ from PIL import Image
 
 from mmseg_llm.cli import main
 from mmseg_llm.clicks import read_trajectories
-from mmseg_llm.data.base import SampleDataset
+from mmseg_llm.data.base import SampleDataset, Subset
 from mmseg_llm.data.synthetic import make_scene
 from mmseg_llm.masks import Mask
+from mmseg_llm.segmenters.fakes import DisksEnvironment
 from mmseg_llm.structures import Query, Sample
-from mmseg_llm.trajectories import Rules, objects, record_dataset
+from mmseg_llm.trajectories import Rules, objects, record_dataset, record_sample
 
 DISKS = "class_path: mmseg_llm.segmenters.fakes.DisksEnvironment\ninit_args: {positive_radius: 9, negative_radius: 5}\n"
 
@@ -75,9 +78,12 @@ def test_processes_and_interruptions_change_nothing(environment, tmp_path):
     record_dataset(dataset, environment, two, workers=2)
     assert whole.read_bytes() == two.read_bytes()
     lines = whole.read_bytes().splitlines(keepends=True)
-    cut.write_bytes(b"".join(lines[:3]) + lines[3][:50])
+    first = len(objects(dataset[0]))
+    cut.write_bytes(b"".join(lines[: first + 1]) + lines[first + 1][:50])
+    shutil.copy(tmp_path / "whole.rules.json", tmp_path / "cut.rules.json")
     counts = record_dataset(dataset, environment, cut)
-    assert cut.read_bytes() == whole.read_bytes() and counts["present"] == 3 and counts["objects"] == len(lines) - 3
+    assert cut.read_bytes() == whole.read_bytes()
+    assert counts["present"] == first and counts["objects"] == len(lines) - first
     again = record_dataset(dataset, environment, cut)
     assert again["objects"] == 0 and again["present"] == len(lines) and cut.read_bytes() == whole.read_bytes()
 
@@ -104,3 +110,60 @@ def test_a_damaged_file_is_refused(environment, tmp_path):
     with pytest.raises(ValueError, match=r"t\.jsonl, line 1: trajectory record lacks the field"):
         record_dataset(Scenes(0), environment, path)
     assert path.read_text() == '{"image": 1}\n'
+
+
+def test_other_rules_do_not_go_on(environment, tmp_path):
+    output = tmp_path / "t.jsonl"
+    record_dataset(Subset(Scenes(0, 1), 1), environment, output)
+    before = output.read_bytes()
+    environment.write_text(f"# the same\n{DISKS}")
+    assert record_dataset(Subset(Scenes(0, 1), 1), environment, output)["objects"] == 0
+    with pytest.raises(
+        ValueError, match=r"t\.jsonl was begun with other rules: rules\.max_clicks was 20 and is 3 now; give"
+    ):
+        record_dataset(Scenes(0, 1), environment, output, Rules(max_clicks=3))
+    environment.write_text(DISKS.replace("9", "8"))
+    with pytest.raises(ValueError, match=r"environment\.init_args\.positive_radius was 9 and is 8 now"):
+        record_dataset(Scenes(0, 1), environment, output)
+    assert output.read_bytes() == before
+    environment.write_text(DISKS)
+    assert record_dataset(Scenes(0, 1), environment, output)["objects"]  # more images of the same dataset
+    environment.write_text("{")
+    with pytest.raises(ValueError, match=r"disks\.yaml is no valid YAML"):
+        record_dataset(Scenes(0), environment, tmp_path / "new.jsonl")
+
+
+class Hidden(Scenes):
+    """Every object of the scenes lies within what is ignored, but for the first."""
+
+    def __getitem__(self, index: int):
+        sample = super().__getitem__(index)
+        first = sample.queries[0].target(sample.size)
+        ignore = Mask.from_array(~first.array)
+        return replace(sample, queries=tuple(replace(q, ignore=ignore) for q in sample.queries))
+
+
+def test_objects_of_ignored_pixels_are_left_out(environment, tmp_path):
+    dataset = Hidden(0, 3)
+    counts = record_dataset(dataset, environment, tmp_path / "t.jsonl")
+    shown = {sample.queries[0].target(sample.size) for sample in dataset}
+    found = list(read_trajectories(tmp_path / "t.jsonl"))
+    assert {trajectory.target for trajectory in found} == shown and counts["objects"] == 2
+    kept = sum(len(trajectory.caption) for trajectory in found)
+    assert counts["without_target"] == sum(len(sample.queries) for sample in dataset) - kept > 0
+
+
+def test_masks_of_the_dataset_keep_no_pixels():
+    (sample,) = Scenes(0)
+    for starts in (0, 2):
+        record_sample(sample, DisksEnvironment(9, 5), Rules(max_clicks=3, random_starts=starts))
+    assert all("array" not in vars(mask) for query in sample.queries for mask in query.masks)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"iou_threshold": 0.0}, {"iou_threshold": 1.01}, {"min_gain": -0.1}, {"max_clicks": 0}, {"random_starts": -1}],
+)
+def test_rules_are_checked(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+        Rules(**wrong)

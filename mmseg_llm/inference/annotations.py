@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -92,10 +92,23 @@ def to_label_studio(
     return tasks
 
 
-def write_label_studio(tasks: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Write tasks as the JSON file that Label Studio imports, with the matching configuration beside it (`<stem>.xml`)."""
-    regions = [region for task in tasks for made in task["predictions"] for region in made["result"]]
-    names = [label for region in regions for label in region["value"].get("brushlabels", ())]
+def write_label_studio(
+    tasks: Sequence[Mapping[str, Any]], path: str | Path, labels: Mapping[str, str] | None = None
+) -> Path:
+    """Write tasks as the JSON file that Label Studio imports, with the matching configuration beside it (`<stem>.xml`).
+
+    The configuration also has the labels of queries that were found in no image: annotators may know better.
+
+    Args:
+        tasks: of `to_label_studio`.
+        path: of the JSON file.
+        labels: as given to `to_label_studio`.
+    """
+    names: list[str] = []
+    for task in tasks:
+        regions = [region for made in task["predictions"] for region in made["result"]]
+        names += [label for region in regions for label in region["value"].get("brushlabels", ())]
+        names += [(labels or {}).get(query, query) for query in task["data"].get("no_target", ())]
     path = _write(path, tasks)
     _replace(path.with_suffix(".xml"), label_studio_config(names or ["object"]))
     return path
@@ -153,7 +166,7 @@ def from_percent(x: float, y: float, is_positive: bool, size: Size) -> Click:
 
 def encode_brush(mask: Mask) -> list[int]:
     """The RLE bytes of a brush region: the mask as picture, 255 in all four channels where it is set."""
-    flat = mask.array.ravel()
+    flat = replace(mask).array.ravel()  # of a copy: a file is written of many masks, which would all keep their pixels
     starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1, [flat.size]))
     return encode_runs(4 * np.diff(starts), np.where(flat[starts[:-1]], 255, 0))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 from mmseg_llm.inference.annotations import to_coco_file, to_label_studio, write_label_studio
 from mmseg_llm.inference.episodes import filmstrip, save_animation
@@ -24,22 +26,32 @@ def write_predictions(
         answers: predictions per image, in the order of `files`.
         files: the images.
         folder: to write into.
-        label_studio: address that Label Studio finds the images at, such as `/data/local-files/?d=`; None writes no such file.
+        label_studio: address that Label Studio finds the images at, such as `https://host/images/` or `/data/local-files/?d=`;
+            None writes no such file. File names are appended percent-encoded, as Label Studio itself does for either kind;
+            the address stays as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept: list[list[Prediction]] = []
+    stems = Counter(path.stem for path in files)
     for path, predictions in zip(files, answers, strict=True):
-        stem = path.stem if sum(other.stem == path.stem for other in files) == 1 else path.name.replace(".", "_")
+        stem = path.stem if stems[path.stem] == 1 else path.name.replace(".", "_")
         masks = write_outputs(predictions, folder, stem)[1:]
         for prediction, mask in zip(predictions, masks, strict=True):
             if prediction.trajectory:
                 name = mask.name.removesuffix("_mask.png")
                 filmstrip(prediction).convert("RGB").save(folder / f"{name}_clicks.jpg", quality=92)
                 save_animation(prediction, folder / f"{name}_clicks.gif")
-        kept.append([replace(prediction, image=None, mask_logits=None) for prediction in predictions])
+        kept.append([_light(prediction) for prediction in predictions])
         yield predictions
     names = [path.name for path in files]
     to_coco_file(kept, names, folder / "predictions.json")
     if label_studio is not None:
-        tasks = to_label_studio(kept, [label_studio + name for name in names])
+        tasks = to_label_studio(kept, [label_studio + quote(name) for name in names])
         write_label_studio(tasks, folder / "label_studio.json")
+
+
+def _light(prediction: Prediction) -> Prediction:
+    """What the files at the end need of a prediction: no image, and masks without the pixels that drawing decoded."""
+    mask = None if prediction.mask is None else replace(prediction.mask)
+    steps = tuple(replace(step, mask=replace(step.mask)) for step in prediction.trajectory)
+    return replace(prediction, image=None, mask_logits=None, mask=mask, trajectory=steps)

@@ -8,7 +8,7 @@ released script.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -49,8 +49,8 @@ def record(
         target: bool `(H, W)` or mask at image size.
         ignore: likewise, pixels that count neither for the oracle nor for the IoU.
         max_clicks: most clicks of the oracle, discarded ones included.
-        iou_threshold: stop at a mask of this IoU, once it is the best so far.
-        min_gain: the IoU must exceed the best so far by more than this.
+        iou_threshold: stop at a mask of this IoU, above 0 and at most 1, once it is the best so far.
+        min_gain: the IoU must exceed the best so far by more than this, which is not negative.
         on_low_gain: a click that gains too little ends the trajectory (`break`, as the released code does), or is undone
             and its pixel not clicked again (`discard`, as the paper says).
         rule: of the oracle, see `next_click`.
@@ -76,7 +76,7 @@ def record(
         steps=tuple(tried[True]),
         rejected=tuple(tried[False]),
         start=Mask.from_array(shown.mask) if given else None,
-        start_iou=_iou(wanted, shown.mask, ignored),
+        start_iou=iou_outside(wanted, shown.mask, ignored),
         given=tuple(given),
         ignore=None if ignore is None else Mask.from_array(ignored),
         stop=stop,
@@ -95,18 +95,31 @@ class _Rules:
     keep_clearing: bool
 
     def __post_init__(self) -> None:
-        if self.max_clicks < 1 or self.min_gain < 0 or self.on_low_gain not in get_args(LowGain):
+        check_limits(self.iou_threshold, self.min_gain)
+        if self.max_clicks < 1 or self.on_low_gain not in get_args(LowGain):
             raise ValueError(
-                f"max_clicks={self.max_clicks}, min_gain={self.min_gain}, on_low_gain='{self.on_low_gain}'; "
-                f"use at least 1, at least 0, and one of {', '.join(get_args(LowGain))}"
+                f"max_clicks={self.max_clicks}, on_low_gain='{self.on_low_gain}'; "
+                f"use at least 1, and one of {', '.join(get_args(LowGain))}"
             )
+
+
+def check_limits(iou_threshold: float, min_gain: float) -> None:
+    """Refuse an IoU to stop at, or a least gain, that is none.
+
+    Raises:
+        ValueError: with the value.
+    """
+    if not 0 < iou_threshold <= 1:
+        raise ValueError(f"iou_threshold is {iou_threshold}; it must be an IoU above 0 and at most 1")
+    if not min_gain >= 0:
+        raise ValueError(f"min_gain is {min_gain}; it must not be negative")
 
 
 def _click_on(
     environment: Environment, shown: Observation, wanted: np.ndarray, ignored: np.ndarray, rules: _Rules
 ) -> tuple[dict[bool, list[ClickStep]], Stop]:
     """The oracle's clicks from what is shown on, by whether they gained, and why they ended."""
-    best, used = _iou(wanted, shown.mask, ignored), list(shown.clicks)
+    best, used = iou_outside(wanted, shown.mask, ignored), list(shown.clicks)
     tried: dict[bool, list[ClickStep]] = {True: [], False: []}
     for _ in range(rules.max_clicks):
         click = next_click(wanted, shown.mask, ignore=ignored, clicked=used, rule=rules.rule)
@@ -115,7 +128,7 @@ def _click_on(
         used.append(click)
         before = environment.snapshot()
         after = environment.step(click)
-        iou = _iou(wanted, after.mask, ignored)
+        iou = iou_outside(wanted, after.mask, ignored)
         gained = iou > best + rules.min_gain
         if rules.keep_clearing and best == 0 and iou == 0:
             gained = int((after.mask & ~ignored).sum()) < int((shown.mask & ~ignored).sum())
@@ -131,13 +144,13 @@ def _click_on(
     return tried, "max_clicks"
 
 
-def _iou(target: np.ndarray, mask: np.ndarray, ignored: np.ndarray) -> float:
+def iou_outside(target: np.ndarray, mask: np.ndarray, ignored: np.ndarray) -> float:
     """IoU of bool arrays `(H, W)` over what is not ignored; the target is not empty there."""
     return float((target & mask & ~ignored).sum() / ((target | mask) & ~ignored).sum())
 
 
 def _as_array(name: str, mask: Mask | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    array = mask.array if isinstance(mask, Mask) else np.asarray(mask)
+    array = replace(mask).array if isinstance(mask, Mask) else np.asarray(mask)  # a copy: the given one keeps no pixels
     if array.shape != size:
         raise ValueError(f"{name} of shape {array.shape} does not fit the image of size {size} (H, W)")
     return array.astype(bool)

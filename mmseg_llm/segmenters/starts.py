@@ -6,6 +6,8 @@ Legend: H W pixels.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mmseg_llm.masks import Mask
@@ -26,7 +28,7 @@ def random_start(target: Mask, rng: np.random.Generator) -> list[Click]:
         target: the object, with pixels.
         rng: of the draw.
     """
-    inside = target.array  # (H, W)
+    inside = replace(target).array  # (H, W), of a copy: the given mask keeps no pixels
     if rng.random() < MISTAKES and not inside.all():
         row, col = rng.choice(np.argwhere(~inside))
         return [Click(int(row), int(col), is_positive=True)]

@@ -80,6 +80,7 @@ def rate(
     environment: Path | None = None,
     batch_size: int = 16,
     device: str | None = None,
+    seed: int = 0,
     max_samples: int | None = None,
 ) -> None:
     """Filter annotations: let a click policy estimate how well masks fit their expressions.
@@ -96,6 +97,7 @@ def rate(
         environment: config of what random clicks are made on, other than in the training of the policy.
         batch_size: images at once; does not change the result.
         device: cpu, cuda, ...; a GPU where there is one by default.
+        seed: of the random clicks of the benchmark.
         max_samples: the first images only.
     """
     from mmseg_llm.configuration import read_data, read_environment
@@ -116,10 +118,12 @@ def rate(
         keep=keep,
         head=head,
         batch_size=batch_size,
+        seed=seed,
     )
     print(format_report(report))
     counts = report["counts"]
     print(
-        f"{'kept':>16}: {counts['num_kept']} of {counts['num_masks']} masks, {counts['num_unanswered']} without estimate"
+        f"{'kept':>16}: {counts['num_kept']} of {counts['num_masks']} masks, {counts['num_unanswered']} without estimate; "
+        f"{counts['num_without_target']} queries without target left out"
     )
     print(f"{'written':>16}: {output}")

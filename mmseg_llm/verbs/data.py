@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def synthetic(
@@ -57,7 +57,7 @@ def trajectories(
     Args:
         data: data config (configs/data/*.yaml).
         environment: config of the segmenter that is clicked on (configs/environments/*.yaml).
-        output: JSONL file to write, one trajectory per line.
+        output: JSONL file to write, one trajectory per line; <output>.rules.json says how it was made.
         split: which dataset of the data config.
         max_clicks: most clicks on an object.
         iou_threshold: a mask of this IoU is good enough.
@@ -119,7 +119,8 @@ def rollouts(
     Args:
         checkpoint: run folder with a click policy.
         data: data config (configs/data/*.yaml).
-        output: JSONL file to write; train on it together with the oracle's own trajectories.
+        output: JSONL file to write; train on it together with the oracle's own trajectories. <output>.rules.json says how it
+            was made.
         split: which dataset of the data config.
         head: name of the policy; the first head by default.
         environment: config of what is clicked on, other than in the training of the policy.
@@ -141,7 +142,13 @@ def rollouts(
     if max_samples is not None:
         dataset = Subset(dataset, max_samples)
     rules = Correction(iou_threshold, min_gain, greedy)
-    counts = rollout_dataset(perceiver.model, dataset, output, head=head, rules=rules, batch_size=batch_size)
+    counts = rollout_dataset(
+        *(perceiver.model, dataset, output),
+        head=head,
+        rules=rules,
+        batch_size=batch_size,
+        origin=str(checkpoint.resolve()),
+    )
     print(
         f"{output}: {counts['objects']} objects on {counts['images']} images (and {counts['present']} images before), "
         f"{counts['trajectories']} trajectories, {100 * counts['corrected']:.1f} % of {counts['actions']} actions corrected, "
@@ -157,7 +164,9 @@ def sft(
     data: Path | None = None,
     images: Path | None = None,
     split: Literal["train", "val", "test"] = "train",
-    with_iou: bool = True,
+    checkpoint: Path | None = None,
+    head: str | None = None,
+    with_iou: bool | None = None,
     image_format: Literal["jpg", "png"] = "jpg",
 ) -> None:
     """Write trajectories as instruction data for other trainers: LLaVA, Qwen-VL, LLaMA-Factory, ms-swift.
@@ -169,16 +178,26 @@ def sft(
         data: data config whose images were clicked on.
         images: folder of the images instead.
         split: which dataset of the data config.
-        with_iou: answers start with the IoU of the mask so far.
+        checkpoint: run folder of a click policy; take its codec, overlay, prompts and with_iou, so that the export fits it.
+        head: name of that policy; the first head by default.
+        with_iou: answers start with the IoU of the mask so far (true or false); as in the run, or true, by default.
         image_format: of the pictures.
     """
     from mmseg_llm.configuration import read_data
     from mmseg_llm.data import TrajectoryDataset
-    from mmseg_llm.sft import export_sft
+    from mmseg_llm.sft import export_sft, read_policy
 
+    fitting: dict[str, Any] = {}
+    if checkpoint is not None:
+        policy = read_policy(checkpoint, style, head)
+        fitting = {name: getattr(policy, name) for name in ("codec", "overlay", "prompts", "with_iou")}
+    elif head is not None:
+        raise ValueError(f"--head {head} names a head of a run; give its folder as --checkpoint")
+    if with_iou is not None:
+        fitting["with_iou"] = with_iou
     source = None if data is None else read_data(data).dataset(split)
     dataset = TrajectoryDataset(list(trajectories), source, images)
-    counts = export_sft(dataset, output, style, with_iou=with_iou, image_format=image_format)
+    counts = export_sft(dataset, output, style, image_format=image_format, **fitting)
     print(
         f"{output}: {counts['records']} records, {counts['images']} pictures ({counts['written']} written), "
         f"{sum(counts['skipped'].values())} queries skipped"

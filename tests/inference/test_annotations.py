@@ -249,6 +249,26 @@ def test_an_image_without_any_target_has_an_empty_prediction():
     assert task["data"]["no_target"] == ["the saucer", "b"]
 
 
+def brushes(path):
+    (brush,) = ElementTree.fromstring(path.with_suffix(".xml").read_text(encoding="utf-8")).iter("BrushLabels")
+    return [label.get("value") for label in brush]
+
+
+def test_labels_that_were_found_nowhere_can_be_drawn(tmp_path):
+    answers = [[episode(), plain(exists=False)], [plain("a bowl", mask=None, box=None), plain("a tray")]]
+    path = write_label_studio(to_label_studio(answers, ["a", "b"]), tmp_path / "tasks.json")
+    assert brushes(path) == ["the cup", "the saucer", "a tray", "a bowl"]
+    labels = {"the cup": "cup", "the saucer": "saucer", "a bowl": "bowl", "a tray": "cup"}
+    path = write_label_studio(to_label_studio(answers, ["a", "b"], labels), tmp_path / "tasks.json", labels)
+    assert brushes(path) == ["cup", "saucer", "bowl"]
+
+
+def test_packing_keeps_no_pixels():
+    shown = mask((1, 1, 5, 6))
+    encode_brush(shown)
+    assert "array" not in vars(shown)
+
+
 def test_configuration_lists_each_label_once():
     view = ElementTree.fromstring(label_studio_config(["cup", "a < b", "cup"]))
     brush = next(view.iter("BrushLabels"))

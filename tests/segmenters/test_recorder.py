@@ -19,6 +19,7 @@ from mmseg_llm.masks import Mask
 from mmseg_llm.segmenters.environment import Environment, Observation
 from mmseg_llm.segmenters.fakes import DisksEnvironment, SoftEnvironment, TargetDisksEnvironment
 from mmseg_llm.segmenters.recorder import record
+from mmseg_llm.segmenters.starts import random_start
 from mmseg_llm.structures import Click
 
 TRAJECTORIES = golden_files("segagent_trajectories*")
@@ -142,8 +143,6 @@ def test_the_fakes_are_exact_and_can_be_undone():
         ((0.25, 0.6, 0.65), {"min_gain": 0.1}, [0.25, 0.6], [0.65], "low_gain"),
         ((0.25, 0.6, 0.5, 0.6, 1.0), {"on_low_gain": "discard"}, [0.25, 0.6, 1.0], [0.5, 0.6], "iou"),
         ((0.25, 0.1, 0.1), {"on_low_gain": "discard", "max_clicks": 3}, [0.25], [0.1, 0.1], "max_clicks"),
-        ((0.5, 1.0), {"rule": "clean", "iou_threshold": 1.1}, [0.5, 1.0], [], "nothing_wrong"),
-        ((0.5, 1.0, 0.5), {"iou_threshold": 1.1}, [0.5, 1.0], [0.5], "low_gain"),
     ],
 )
 def test_stopping_rules(ious, options, kept, rejected, stop):
@@ -163,6 +162,23 @@ def test_stopping_rules(ious, options, kept, rejected, stop):
         assert environment.clicks == tuple(step.click for step in trajectory.steps), "discarded clicks leave nothing"
         every = [step.click for step in (*trajectory.steps, *trajectory.rejected)]
         assert len({(click.row, click.col) for click in every}) == len(every), "no pixel twice"
+
+
+def test_a_perfect_start():
+    """The clean oracle has nothing to do; the official one clicks the first pixel."""
+    given = {"given": (Click(4, 5, True),)}
+    trajectory = record(Scripted(1.0), IMAGE, TARGET, rule="clean", **given)
+    assert (trajectory.steps, trajectory.rejected, trajectory.stop) == ((), (), "nothing_wrong")
+    trajectory = record(Scripted(1.0, 0.5), IMAGE, TARGET, **given)
+    assert not trajectory.steps and trajectory.stop == "low_gain"
+    assert [(step.click, step.iou) for step in trajectory.rejected] == [(Click(0, 0, False), 0.5)]
+
+
+def test_given_masks_keep_no_pixels():
+    target, ignore = Mask.from_array(TARGET), Mask.empty((10, 20))
+    record(Scripted(1.0), IMAGE, target, ignore=ignore)
+    random_start(target, np.random.default_rng(0))
+    assert "array" not in vars(target) and "array" not in vars(ignore)
 
 
 def test_ignored_pixels_count_for_nothing():
@@ -249,6 +265,19 @@ def test_malformed_files_say_where(tmp_path):
         path.write_text(json.dumps(trajectory.to_json()) + "\n" + json.dumps(content) + "\n", encoding="utf-8")
         with pytest.raises(ValueError, match=f"line 2: .*{words}"):
             list(read_trajectories(path))
+    good = trajectory.to_json()
+    for damaged, words in (
+        ([], "this is list"),
+        (None, "this is NoneType"),
+        (good | {"target": None}, "damaged"),
+        (good | {"target": {"size": []}}, "damaged"),
+        (good | {"steps": [None]}, "damaged"),
+        (good | {"given": 3}, "damaged"),
+        (good | {"target": {"size": [10, 20], "counts": None}}, "damaged"),
+    ):
+        path.write_text(json.dumps(good) + "\n" + json.dumps(damaged) + "\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"file, line 2: .*{words}"):
+            list(read_trajectories(path))
     path.write_text("[]")
     with pytest.raises(ValueError, match="no SegAgent trajectory file"):
         read_official(path)
@@ -265,7 +294,9 @@ def test_malformed_files_say_where(tmp_path):
         ({"target": TARGET.T}, r"\(20, 10\)"),
         ({"ignore": Mask.empty((3, 4))}, r"ignore of shape \(3, 4\)"),
         ({"max_clicks": 0}, "max_clicks=0"),
-        ({"min_gain": -1.0}, "min_gain=-1"),
+        ({"min_gain": -1.0}, "min_gain is -1"),
+        ({"iou_threshold": 0.0}, "iou_threshold is 0"),
+        ({"iou_threshold": 1.1}, "iou_threshold is 1.1"),
         ({"on_low_gain": "stop"}, "on_low_gain='stop'"),
         ({"rule": "best"}, "rule is 'best'"),
     ],
