@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmseg_llm.data.base import SampleDataset
     from mmseg_llm.segmenters.base import Refiner
     from mmseg_llm.segmenters.environment import Environment
     from mmseg_llm.training.data import PerceptionDataModule
@@ -45,6 +46,14 @@ def read_data(path: Path) -> PerceptionDataModule:
     from mmseg_llm.training.data import PerceptionDataModule
 
     return read_part(path, "data", "configs/data/synthetic_flat96.yaml", PerceptionDataModule, is_subclass=False)
+
+
+def read_split(path: Path, split: str, max_samples: int | None = None) -> SampleDataset:
+    """A dataset of a data config, or its first samples."""
+    from mmseg_llm.data.base import Subset
+
+    dataset = read_data(path).dataset(split)
+    return dataset if max_samples is None else Subset(dataset, max_samples)
 
 
 def read_refiner(path: Path) -> Refiner:

@@ -233,7 +233,7 @@ class _Recipe:
         if self.style == "qwen":
             return "".join(qwen_question(words))
         drawn = random.Random(f"{self.seed}/{number}").randrange(len(self.prompts.questions))
-        return self.prompts.question(words, self.codec, self.overlay.colour, drawn)
+        return self.prompts.question(words, self.codec, self.overlay.colour, drawn, self.with_iou)
 
     def answer(self, query: Query, size: Size) -> str:
         """What is to be learnt."""

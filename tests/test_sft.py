@@ -299,3 +299,14 @@ def test_masks_of_the_dataset_keep_no_pixels(tmp_path):
     query = Query("cup", start=start, next_click=NextClick(Click(1, 2, True), 0.0))
     export_sft([Sample(photo(), SIZE, (query,), id="1")], tmp_path, "chat")
     assert "array" not in vars(start)
+
+
+def test_a_policy_without_estimates_is_not_asked_for_any(dataset, tmp_path):
+    """Question and answer agree on whether there is an IoU."""
+    for with_iou in (True, False):
+        folder = tmp_path / str(with_iou)
+        export_sft(dataset, folder, "llava", with_iou=with_iou)
+        for record in json.loads((folder / "llava.json").read_text()):
+            question, answer = (turn["value"] for turn in record["conversations"])
+            assert ("IoU" in question) == ("Current IOU" in question) == with_iou
+            assert answer.startswith("Current IOU") == with_iou

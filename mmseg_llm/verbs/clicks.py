@@ -38,9 +38,9 @@ def measure(
         output: JSON file to write, with all episodes.
         max_samples: the first images only.
     """
-    from mmseg_llm.configuration import read_data, read_environment
+    from mmseg_llm.configuration import read_environment, read_split
     from mmseg_llm.data import InteractiveDataset
-    from mmseg_llm.data.base import SampleDataset, Subset
+    from mmseg_llm.data.base import SampleDataset
     from mmseg_llm.evaluation import format_report
     from mmseg_llm.oracle_evaluation import measure_clicks
 
@@ -51,8 +51,7 @@ def measure(
         dataset = InteractiveDataset(root, objects=objects, max_samples=max_samples)
     else:
         assert data is not None
-        dataset = read_data(data).dataset(split)
-        dataset = dataset if max_samples is None else Subset(dataset, max_samples)
+        dataset = read_split(data, split, max_samples)
     report = measure_clicks(
         *(read_environment(environment), dataset),
         clicker=clicker,
@@ -100,17 +99,14 @@ def rate(
         seed: of the random clicks of the benchmark.
         max_samples: the first images only.
     """
-    from mmseg_llm.configuration import read_data, read_environment
-    from mmseg_llm.data.base import Subset
+    from mmseg_llm.configuration import read_environment, read_split
     from mmseg_llm.evaluation import format_report
     from mmseg_llm.inference.perceiver import Perceiver
     from mmseg_llm.rating import rate_dataset
 
     perceiver = Perceiver.from_pretrained(checkpoint, device=device)
     perceiver.click_on(None if environment is None else read_environment(environment), head)
-    dataset = read_data(data).dataset(split)
-    if max_samples is not None:
-        dataset = Subset(dataset, max_samples)
+    dataset = read_split(data, split, max_samples)
     report = rate_dataset(
         *(perceiver.model, dataset, output),
         masks=masks,

@@ -67,13 +67,9 @@ def trajectories(
         workers: processes.
         max_samples: the first images only.
     """
-    from mmseg_llm.configuration import read_data
-    from mmseg_llm.data.base import Subset
     from mmseg_llm.trajectories import Rules, record_dataset
 
-    dataset = read_data(data).dataset(split)
-    if max_samples is not None:
-        dataset = Subset(dataset, max_samples)
+    dataset = read_split(data, split, max_samples)
     counts = record_dataset(
         *(dataset, environment, output),
         Rules(max_clicks, iou_threshold, min_gain, on_low_gain, random_starts),
@@ -131,16 +127,13 @@ def rollouts(
         device: cpu, cuda, ...; a GPU where there is one by default.
         max_samples: the first images only.
     """
-    from mmseg_llm.configuration import read_data, read_environment
-    from mmseg_llm.data.base import Subset
+    from mmseg_llm.configuration import read_environment, read_split
     from mmseg_llm.improvement import Correction, rollout_dataset
     from mmseg_llm.inference.perceiver import Perceiver
 
     perceiver = Perceiver.from_pretrained(checkpoint, device=device)
     perceiver.click_on(None if environment is None else read_environment(environment), head)
-    dataset = read_data(data).dataset(split)
-    if max_samples is not None:
-        dataset = Subset(dataset, max_samples)
+    dataset = read_split(data, split, max_samples)
     rules = Correction(iou_threshold, min_gain, greedy)
     counts = rollout_dataset(
         *(perceiver.model, dataset, output),
@@ -183,7 +176,6 @@ def sft(
         with_iou: answers start with the IoU of the mask so far (true or false); as in the run, or true, by default.
         image_format: of the pictures.
     """
-    from mmseg_llm.configuration import read_data
     from mmseg_llm.data import TrajectoryDataset
     from mmseg_llm.sft import export_sft, read_policy
 
@@ -195,7 +187,7 @@ def sft(
         raise ValueError(f"--head {head} names a head of a run; give its folder as --checkpoint")
     if with_iou is not None:
         fitting["with_iou"] = with_iou
-    source = None if data is None else read_data(data).dataset(split)
+    source = None if data is None else read_split(data, split)
     dataset = TrajectoryDataset(list(trajectories), source, images)
     counts = export_sft(dataset, output, style, image_format=image_format, **fitting)
     print(

@@ -49,8 +49,7 @@ def evaluate(
         candidates: answers that a click policy tries per mask with protocol search.
         start: predictions file of any head whose masks a click policy goes on from.
     """
-    from mmseg_llm.configuration import read_data, read_environment, read_refiner
-    from mmseg_llm.data.base import Subset
+    from mmseg_llm.configuration import read_environment, read_refiner, read_split
     from mmseg_llm.evaluation import evaluate as run
     from mmseg_llm.evaluation import format_report
     from mmseg_llm.inference.perceiver import Perceiver
@@ -59,9 +58,7 @@ def evaluate(
     perceiver = Perceiver.from_pretrained(checkpoint, device=device)
     clicked = None if environment is None else read_environment(environment)
     perceiver.click_on(clicked, head, max_clicks=max_clicks, candidates=candidates)
-    dataset = read_data(data).dataset(split)
-    if max_samples is not None:
-        dataset = Subset(dataset, max_samples)
+    dataset = read_split(data, split, max_samples)
     report = run(
         *(perceiver.model, dataset, output),
         protocol=protocol,

@@ -190,7 +190,7 @@ class ClickPolicyHead(Head):
             labelled = sorted(rng.choice(labelled, self.max_queries, replace=False).tolist())
         image, start = sample.load_image(), sample.queries[labelled[0]].start
         if start is not None:
-            image = self.overlay(image, start.array)
+            image = self.overlay(image, replace(start).array)
         canvas = stretch(image, codec.geometry.canvas_size(sample.size))
         return Example(
             head=self.name,
