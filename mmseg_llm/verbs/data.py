@@ -67,6 +67,7 @@ def trajectories(
         workers: processes.
         max_samples: the first images only.
     """
+    from mmseg_llm.configuration import read_split
     from mmseg_llm.trajectories import Rules, record_dataset
 
     dataset = read_split(data, split, max_samples)
@@ -176,6 +177,7 @@ def sft(
         with_iou: answers start with the IoU of the mask so far (true or false); as in the run, or true, by default.
         image_format: of the pictures.
     """
+    from mmseg_llm.configuration import read_split
     from mmseg_llm.data import TrajectoryDataset
     from mmseg_llm.sft import export_sft, read_policy
 
