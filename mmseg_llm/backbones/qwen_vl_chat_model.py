@@ -43,19 +43,28 @@ class QwenVlChatVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
 
+PARTS: dict[str, Any] = {"vision_config": QwenVlChatVisionConfig, "text_config": Qwen2Config}
+
+
 class QwenVlChatConfig(PreTrainedConfig):
     """Both parts, and the id of the token that image tokens replace."""
 
     model_type = "qwen_vl_chat"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "vision_config": QwenVlChatVisionConfig,
-        "text_config": Qwen2Config,
-    }
+    sub_configs: ClassVar[dict[str, Any]] = PARTS  # what earlier versions of transformers look at
+    sub_configs_defaults: ClassVar[dict[str, Any]] = PARTS
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151859
     tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Parts given as dicts become configs, which later versions of transformers do by themselves."""
+        for name, kind in PARTS.items():
+            value = getattr(self, name)
+            if value is None or isinstance(value, dict):
+                setattr(self, name, kind(**(value or {})))
+        super().__post_init__(**kwargs)
 
 
 class QwenVlChatCore(nn.Module):
