@@ -438,3 +438,15 @@ def test_unknown_key_is_named(folder: Path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train"])
     with pytest.raises(ArgumentError, match="learning_rate"):
         train_simple_click(["fit", "--config", "clicks.yaml", "--output", "b", "--model.learning_rate", "1"])
+
+
+def test_the_shipped_network_finds_objects_of_the_synthetic_world():
+    from mmseg_llm.configuration import read_environment
+
+    environment = read_environment(ROOT / "configs/environments/simple_click_tiny.yaml")
+    ious = []
+    for index in range(4):
+        sample = make_scene("solid-128", 7, index).to_sample()
+        target = max((mask for query in sample.queries for mask in query.masks), key=lambda mask: mask.area)
+        ious.append(oracle_ious(environment, sample.load_image(), target.array, 3))
+    assert np.mean(ious, axis=0)[0] > 0.4 and np.mean(ious, axis=0)[2] > 0.7, ious

@@ -22,6 +22,7 @@ from mmseg_llm.data.unpickle import ForbiddenGlobalError
 from mmseg_llm.segmenters.sam_engine import summary
 from mmseg_llm.segmenters.simple_click.network import SIZES, UNUSED, SimpleClick
 
+ASSETS = Path(__file__).parents[2] / "assets"
 HINT = "get cocolvis_vit_large.pth (or base, huge, xtiny) from https://github.com/uncbiag/SimpleClick"
 # Package of the official training code; its objects in a file are settings that nothing here needs.
 FOREIGN = "isegm"
@@ -48,7 +49,8 @@ def load_simple_click(path: str | Path) -> SimpleClick:
     """A network with the weights of a file; its size follows from their shapes.
 
     Args:
-        path: `.safetensors` of `convert_simple_click`, or a `.pth` that holds nothing but tensors.
+        path: `.safetensors` of `convert_simple_click` or of a training, the name of one that ships with the package, or a
+            `.pth` that holds nothing but tensors.
 
     Raises:
         ValueError: if the file is missing or damaged, holds objects of foreign classes, or its tensors are not exactly those of
@@ -97,11 +99,36 @@ def convert_simple_click(path: str | Path, to: str | Path) -> Path:
     if to.suffix != ".safetensors":
         raise ValueError(f"cannot convert to '{to}'; name a file that ends in .safetensors")
     _check_archive(path)
-    network = build_simple_click(_tensors(_load_restricted(path), path), path)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    partial = to.with_name(f"{to.name}.partial")  # what stands at `to` is always complete
-    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, partial, {"format": "pt"})
-    return partial.replace(to)
+    return save_simple_click(build_simple_click(_tensors(_load_restricted(path), path), path), to)
+
+
+def save_simple_click(network: SimpleClick, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write a network to a safetensors file; what stands at `path` is complete at any time.
+
+    Args:
+        network: weights of any device.
+        path: file to write.
+        dtype: to store as, such as `torch.float16` for half of the size; as they are when None. Loading gives float32.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: if a weight does not fit into `dtype`.
+    """
+    path = Path(path)
+    state = {
+        key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in network.state_dict().items()
+    }
+    broken = sorted(key for key, value in state.items() if not value.isfinite().all())
+    if broken:
+        raise ValueError(
+            f"{broken[0]} is not finite as {dtype or 'stored'}; the training diverged, or store it as float32"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(state, partial, {"format": "pt"})
+    return partial.replace(path)
 
 
 def build_simple_click(state: Mapping[str, torch.Tensor], source: str | Path = "state_dict") -> SimpleClick:
@@ -146,11 +173,12 @@ def size_of(state: Mapping[str, torch.Tensor], source: str | Path = "state_dict"
 
 
 def _existing(path: str | Path) -> Path:
-    """The path of a file that is there."""
+    """The path of a file that is there, or ships with the package under that name."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"SimpleClick weights {path} do not exist; {HINT}")
-    return path
+    for candidate in (path, ASSETS / path):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"SimpleClick weights {path} do not exist; {HINT}")
 
 
 def _check_archive(path: Path) -> None:
