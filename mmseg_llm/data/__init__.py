@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mmseg_llm.lazy import lazy
 
 if TYPE_CHECKING:
-    from mmseg_llm.data.base import SampleDataset
+    from mmseg_llm.data.base import Part, SampleDataset
     from mmseg_llm.data.coco import CocoIndex, CocoInstances
     from mmseg_llm.data.concat import Concat
     from mmseg_llm.data.dialogue import DialogueDataset
@@ -22,6 +22,7 @@ __all__ = [
     "Concat",
     "DialogueDataset",
     "InteractiveDataset",
+    "Part",
     "ReferDataset",
     "SampleDataset",
     "TrajectoryDataset",
@@ -36,6 +37,7 @@ __getattr__ = lazy(
         "Concat": "concat",
         "DialogueDataset": "dialogue",
         "InteractiveDataset": "interactive",
+        "Part": "base",
         "ReferDataset": "refer",
         "SampleDataset": "base",
         "TrajectoryDataset": "trajectories",

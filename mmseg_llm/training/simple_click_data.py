@@ -25,33 +25,7 @@ from mmseg_llm.training.simple_click_objects import (
 from mmseg_llm.training.simple_click_views import PointSampling, Views
 
 if TYPE_CHECKING:
-    from mmseg_llm.structures import Sample
-
-
-class Part(SampleDataset):
-    """Samples `start` to `stop` (exclusive) of a dataset: to hold some back where a dataset has no split of its own.
-
-    Args:
-        dataset: the whole.
-        start, stop: as of a slice.
-
-    Raises:
-        ValueError: if nothing is left.
-    """
-
-    def __init__(self, dataset: SampleDataset, start: int = 0, stop: int | None = None) -> None:
-        self.dataset, self.range = dataset, range(len(dataset))[start:stop]
-        if not self.range:
-            raise ValueError(f"samples {start} to {stop} of the {len(dataset)} of {dataset.name} are none; widen them")
-        self.name, self.skipped = f"{dataset.name}[{self.range.start}:{self.range.stop}]", dataset.skipped
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.range)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample at `index` of this part."""
-        return self.dataset[self.range[index]]
+    pass
 
 
 def _single_thread(worker: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentError
 
+from mmseg_llm.data import Part
 from mmseg_llm.data.base import SampleDataset
 from mmseg_llm.data.synthetic import make_scene
 from mmseg_llm.masks import Mask
@@ -21,7 +22,7 @@ from mmseg_llm.segmenters.simple_click.weights import save_simple_click
 from mmseg_llm.structures import Query, Sample
 from mmseg_llm.training.simple_click import ClickOptimization, SimpleClickModule
 from mmseg_llm.training.simple_click_cli import WEIGHTS, train_simple_click
-from mmseg_llm.training.simple_click_data import Part, SimpleClickDataModule
+from mmseg_llm.training.simple_click_data import SimpleClickDataModule
 from mmseg_llm.training.simple_click_objects import ClickViews, collate_clicks
 from mmseg_llm.training.simple_click_start import load_initial
 from mmseg_llm.training.simple_click_steps import (
@@ -390,7 +391,7 @@ data:
   - class_path: mmseg_llm.data.CocoInstances
     init_args: &scenes {annotations: scenes/instances.json, images: scenes/images}
   val:
-    class_path: mmseg_llm.training.simple_click_data.Part
+    class_path: mmseg_llm.data.Part
     init_args: {dataset: {class_path: mmseg_llm.data.CocoInstances, init_args: *scenes}, stop: 2}
   side: 64
   batch_size: 4
