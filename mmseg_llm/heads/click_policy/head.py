@@ -6,7 +6,6 @@ Legend: B images, N tokens, H W pixels.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -313,8 +312,3 @@ class ClickPolicyHead(Head):
             trajectory=tuple(steps),
             stop=str(episode.ending),
         )
-
-
-def count_endings(predictions: Sequence[Prediction]) -> dict[str, int]:
-    """How often episodes ended for each reason."""
-    return dict(Counter(prediction.stop for prediction in predictions))
