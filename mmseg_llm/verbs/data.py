@@ -76,9 +76,10 @@ def trajectories(
         Rules(max_clicks, iou_threshold, min_gain, on_low_gain, random_starts),
         workers=workers,
     )
+    quality = f", mean IoU {counts['iou']:.3f} after {counts['clicks']:.1f} clicks" if counts["objects"] else ""
     print(
-        f"{output}: {counts['objects']} objects (and {counts['present']} before), mean IoU {counts['iou']:.3f} after "
-        f"{counts['clicks']:.1f} clicks; {counts['without_target']} queries without target"
+        f"{output}: {counts['objects']} objects (and {counts['present']} before){quality}; "
+        f"{counts['without_target']} queries without target"
     )
 
 
