@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmseg_llm.cameras import Camera
 from mmseg_llm.clicks import Click, NextClick, PolicyStep
 from mmseg_llm.masks import Box, Mask, Size
+from mmseg_llm.quantities import DepthPoint, Measurement
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,6 +40,7 @@ __all__ = [
     "DepthPoint",
     "Example",
     "Mask",
+    "Measurement",
     "NextClick",
     "PolicyStep",
     "Prediction",
@@ -47,15 +50,6 @@ __all__ = [
     "Suffix",
     "unique_by_id",
 ]
-
-
-@dataclass(frozen=True)
-class DepthPoint:
-    """A pixel with its labelled distance in metres (None when asked, not labelled)."""
-
-    x: float
-    y: float
-    metres: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,8 @@ class Query:
         boxes: `(x1, y1, x2, y2)` per instance, original pixels.
         points: pixels asked for, with metric depth when labelled.
         id: unique within its dataset.
-        task: `segment`, `depth`, `chat`, ...
+        task: `segment`, `chat`, `depth`, or another question template of `heads.depth_text.tasks`.
+        value: labelled number of a question whose answer is no depth of a point, in the unit of its task.
         answer: target text of free-form tasks.
         history: earlier turns of the conversation, as (question, answer) pairs.
         start: the mask so far, of whatever source, that a click policy goes on from; None starts with an empty one.
@@ -89,6 +84,7 @@ class Query:
     start: Mask | None = None
     next_click: NextClick | None = None
     ignore: Mask | None = None
+    value: float | None = None
 
     @property
     def is_no_target(self) -> bool:
@@ -104,17 +100,6 @@ class Query:
         if self.masks is None:
             raise ValueError(f"query '{self.text}' ({self.id}) has no mask label")
         return Mask.union(self.masks, size)
-
-
-@dataclass(frozen=True)
-class Camera:
-    """Pinhole intrinsics in original pixels; `distance` says what depth means: along the axis (z) or along the ray."""
-
-    fx: float
-    fy: float
-    cx: float
-    cy: float
-    distance: Literal["planar", "ray"] = "planar"
 
 
 @dataclass(frozen=True)
@@ -338,7 +323,7 @@ class Prediction:
         score: confidence in [0, 1] that the target exists and the mask is right.
         exists: False when the model answered that nothing fits, or gave no answer; a mask given all the same is what
             the model would have drawn (some reference protocols score it).
-        depth: metres, for depth queries.
+        measurement: the number in the answer, for questions about depth and other quantities.
         mask_logits: float32 `(h, w)` soft mask over the whole image at the head's own resolution, for refiners and uncertainty;
             not serialised.
         trajectory: of a click policy: the mask it started from, then one step per click.
@@ -355,7 +340,7 @@ class Prediction:
     box: Box | None = None
     score: float = 0.0
     exists: bool = True
-    depth: float | None = None
+    measurement: Measurement | None = None
     trajectory: tuple[PolicyStep, ...] = ()
     stop: str = ""
     mask_logits: np.ndarray | None = field(default=None, repr=False, compare=False)
@@ -377,6 +362,11 @@ class Prediction:
         )
 
     @property
+    def depth(self) -> float | None:
+        """The number in the answer, None where there is none: metres of a depth query."""
+        return None if self.measurement is None else self.measurement.value
+
+    @property
     def answer_mask(self) -> Mask:
         """What the model answers: its mask, or an empty one where it says that nothing fits (`exists` is False)."""
         return self.mask if self.exists and self.mask is not None else Mask.empty(self.size)
@@ -393,7 +383,7 @@ class Prediction:
             "box": list(self.box) if self.box else None,
             "size": list(self.size),
             "mask": self.mask.to_coco() if self.mask else None,
-            "depth": self.depth,
+            **({} if self.measurement is None else {"measurement": self.measurement.to_json()}),
             **({"trajectory": [step.to_json() for step in self.trajectory]} if self.trajectory else {}),
             **({"stop": self.stop} if self.stop else {}),
         }
@@ -418,7 +408,7 @@ class Prediction:
                 box=tuple(record["box"]) if record["box"] else None,
                 score=record["score"],
                 exists=record["exists"],
-                depth=record.get("depth"),
+                measurement=Measurement.from_json(record["measurement"]) if "measurement" in record else None,
                 trajectory=tuple(PolicyStep.from_json(step, size) for step in record.get("trajectory", ())),
                 stop=record.get("stop", ""),
             )

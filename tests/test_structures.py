@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmseg_llm.masks import _pixels_covered
-from mmseg_llm.structures import Mask, Prediction, Query, Sample, unique_by_id
+from mmseg_llm.structures import Camera, Mask, Measurement, Prediction, Query, Sample, unique_by_id
+
+CAMERA = Camera(50.0, 51.0, 3.0, 2.0, "ray", (0.1, 0.0, 0.0, 0.0), "exif")
 
 sizes = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
@@ -93,10 +95,14 @@ def prediction(array, **changes):
 
 
 @settings(max_examples=40, deadline=None)
-@given(mask_lists(1), st.booleans(), st.sampled_from([None, 2.5]))
-def test_prediction_json_round_trip(arrays, exists, depth):
+@given(
+    mask_lists(1),
+    st.booleans(),
+    st.sampled_from([None, Measurement(2.5, points=((1.0, 2.0),), camera=CAMERA), Measurement(None, "no_number")]),
+)
+def test_prediction_json_round_trip(arrays, exists, measurement):
     """Also with `exists=False` and a mask all the same, which official protocols score."""
-    first = prediction(arrays[0], exists=exists, depth=depth)
+    first = prediction(arrays[0], exists=exists, measurement=measurement)
     assert Prediction.from_json(json.loads(json.dumps(first.to_json()))) == first
     without = replace(first, mask=None, box=None)
     assert Prediction.from_json(without.to_json()) == without

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmseg_llm.masks import Mask
 from mmseg_llm.segmenters import RefineError, Refiner, SamRefiner, SegmentAnythingEngine, refine_predictions
-from mmseg_llm.structures import Prediction
+from mmseg_llm.structures import Measurement, Prediction
 from segmenters.tiny_sam import make_sam
 
 
@@ -51,7 +51,7 @@ def test_images_are_gathered_and_order_score_and_fields_kept(images):
         Prediction("b", (20, 30), "1", "y", mask=block(3), score=0.8, image=str(images[1]), text="said"),
         Prediction("c", (20, 30), "2", "x", mask=block(9), score=0.7, image=str(images[0]), mask_logits=logits),
         Prediction("d", (20, 30), "3", "x", mask=block(5), score=0.6, image=images[0], exists=False),
-        Prediction("e", (20, 30), "4", "x", score=0.5, image=images[0], depth=2.0),
+        Prediction("e", (20, 30), "4", "x", score=0.5, image=images[0], measurement=Measurement(2.0)),
         Prediction("f", (20, 30), "5", "x", mask=block(12), score=0.4, image=images[0]),
         Prediction("g", (40, 10), "6", "z", mask=Mask.empty((40, 10)), score=0.3, image=images[2]),
     ]

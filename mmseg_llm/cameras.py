@@ -1,0 +1,165 @@
+"""Pinhole cameras: rays, metres along the axis and along the ray, points in space, and what to assume where nothing is known.
+
+Pixel coordinates count pixel centres: the upper left pixel is (0, 0). Axes of space: X right, Y down, Z forward, metres.
+
+Legend: N points.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mmseg_llm.masks import Size
+
+Distance = Literal["planar", "ray", "unspecified"]
+"""What metres are measured along: the optical axis (z), the ray to the point (Euclidean), or nobody says."""
+Origin = Literal["given", "exif", "assumed"]
+"""Where intrinsics come from: the caller or the dataset, the photograph's own data, or an assumed field of view."""
+
+ASSUMED_FOV = 60.0  # degrees over the longer side; a usual phone or webcam
+FULL_FRAME = (36.0, 24.0)  # mm
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Pinhole intrinsics in pixels of the original image.
+
+    Attributes:
+        fx, fy: focal lengths in pixels.
+        cx, cy: principal point.
+        distance: what the labelled metres of this image are measured along.
+        distortion: OpenCV coefficients (k1, k2, p1, p2[, k3, ...]) of the image as it is; empty for a pinhole image.
+        origin: where the intrinsics come from.
+    """
+
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    distance: Distance = "planar"
+    distortion: tuple[float, ...] = ()
+    origin: Origin = "given"
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError for a focal length that is no positive number, or a principal point that is no number."""
+        for name in ("fx", "fy"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; a focal length is a positive number of pixels")
+        for name in ("cx", "cy"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; the principal point is a pair of finite numbers")
+
+    def rays(self, points: np.ndarray) -> np.ndarray:
+        """Directions `(..., 3)` with Z = 1 of pixels `(..., 2)`."""
+        points = np.asarray(points, np.float64)
+        x, y = (points[..., 0] - self.cx) / self.fx, (points[..., 1] - self.cy) / self.fy
+        return np.stack((x, y, np.ones_like(x)), axis=-1)
+
+    def stretch_of(self, points: np.ndarray) -> np.ndarray:
+        """Metres along the ray per metre along the axis, `(...)`, of pixels `(..., 2)`; at least 1."""
+        return np.linalg.norm(self.rays(points), axis=-1)
+
+    def convert(self, metres: Any, points: np.ndarray, given: Distance, wanted: Distance) -> np.ndarray:
+        """Metres measured along one thing as metres along another; nothing is converted from or to `unspecified`.
+
+        Args:
+            metres: `(...)`.
+            points: `(..., 2)` pixels they belong to.
+            given, wanted: what they are measured along, and shall be.
+        """
+        metres = np.asarray(metres, np.float64)
+        if given == wanted or "unspecified" in (given, wanted):
+            return metres
+        stretch = self.stretch_of(points)
+        return metres * stretch if wanted == "ray" else metres / stretch
+
+    def place(self, points: np.ndarray, metres: Any, distance: Distance) -> np.ndarray:
+        """Points in space `(..., 3)` of pixels `(..., 2)` at so many metres.
+
+        Raises:
+            ValueError: if nobody says what the metres are measured along.
+        """
+        if distance == "unspecified":
+            raise ValueError("metres of unspecified kind have no place in space; say whether they are planar or ray")
+        depth = self.convert(metres, points, distance, "planar")
+        return self.rays(points) * depth[..., None]
+
+    def project(self, places: np.ndarray) -> np.ndarray:
+        """Pixels `(..., 2)` of points in space `(..., 3)` in front of the camera; inverse of `place`."""
+        places = np.asarray(places, np.float64)
+        x, y = places[..., 0] / places[..., 2], places[..., 1] / places[..., 2]
+        return np.stack((x * self.fx + self.cx, y * self.fy + self.cy), axis=-1)
+
+    def scaled(self, scale: tuple[float, float], offset: tuple[float, float] = (0.0, 0.0)) -> Camera:
+        """The camera of a canvas with this scale and offset (see `structures.Canvas`)."""
+        (sx, sy), (ox, oy) = scale, offset
+        return replace(
+            self,
+            fx=self.fx * sx,
+            fy=self.fy * sy,
+            cx=(self.cx + 0.5) * sx + ox - 0.5,
+            cy=(self.cy + 0.5) * sy + oy - 0.5,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict, from which `Camera(**...)` restores it (lists become tuples by `from_json`)."""
+        content: dict[str, Any] = {name: getattr(self, name) for name in ("fx", "fy", "cx", "cy", "distance", "origin")}
+        return content | ({"distortion": list(self.distortion)} if self.distortion else {})
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Camera:
+        """Inverse of `to_json`."""
+        return cls(**content | {"distortion": tuple(content.get("distortion", ()))})
+
+
+def assume_camera(size: Size, fov: float = ASSUMED_FOV) -> Camera:
+    """A camera with its axis in the middle of an image `(H, W)` and this field of view in degrees over the longer side.
+
+    Raises:
+        ValueError: for a field of view that is no angle of a pinhole camera.
+    """
+    if not 1 <= fov < 179:
+        raise ValueError(f"a field of view of {fov} degrees fits no pinhole camera; give one from 1 to below 179")
+    height, width = size
+    focal = max(size) / 2 / math.tan(math.radians(fov) / 2)
+    return Camera(focal, focal, (width - 1) / 2, (height - 1) / 2, origin="assumed")
+
+
+def exif_camera(image: Image.Image) -> Camera | None:
+    """The camera by a photograph's 35 mm equivalent focal length, None where it carries none.
+
+    The equivalent is by the diagonal of the sensor, as CIPA DCG-001 defines it.
+    """
+    value = image.getexif().get_ifd(0x8769).get(0xA405)  # Exif IFD, FocalLengthIn35mmFilm
+    try:
+        millimetres = float(value) if value is not None else 0.0
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    if not (math.isfinite(millimetres) and millimetres > 0):
+        return None
+    width, height = image.size
+    focal = millimetres * math.hypot(width, height) / math.hypot(*FULL_FRAME)
+    return Camera(focal, focal, (width - 1) / 2, (height - 1) / 2, origin="exif")
+
+
+def find_camera(image: Image.Image, camera: Camera | None = None, fov: float | None = None) -> Camera:
+    """The camera that is given, else the one of the photograph's own data, else an assumed one; `origin` says which.
+
+    Args:
+        image: as opened from its file, with its EXIF data.
+        camera: what is known.
+        fov: field of view in degrees over the longer side, instead of EXIF data and of the usual assumption.
+    """
+    if camera is not None:
+        return camera
+    size = (image.height, image.width)
+    found = exif_camera(image) if fov is None else None
+    return found or assume_camera(size, ASSUMED_FOV if fov is None else fov)
