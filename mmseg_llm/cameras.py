@@ -23,6 +23,7 @@ Distance = Literal["planar", "ray", "unspecified"]
 Origin = Literal["given", "exif", "assumed"]
 """Where intrinsics come from: the caller or the dataset, the photograph's own data, or an assumed field of view."""
 
+MAX_ROUNDS = 100  # of undoing a distortion; ten do for usual lenses
 ASSUMED_FOV = 60.0  # degrees over the longer side; a usual phone or webcam
 FULL_FRAME = (36.0, 24.0)  # mm
 
@@ -57,11 +58,31 @@ class Camera:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; the principal point is a pair of finite numbers")
 
+    @property
+    def _matrix(self) -> np.ndarray:
+        return np.array([[self.fx, 0, self.cx], [0, self.fy, self.cy], [0, 0, 1]], np.float64)
+
+    @property
+    def pinhole(self) -> Camera:
+        """The same camera without distortion: that of an undistorted image."""
+        return replace(self, distortion=())
+
     def rays(self, points: np.ndarray) -> np.ndarray:
-        """Directions `(..., 3)` with Z = 1 of pixels `(..., 2)`."""
+        """Directions `(..., 3)` with Z = 1 of pixels `(..., 2)`, the distortion of the image undone."""
         points = np.asarray(points, np.float64)
-        x, y = (points[..., 0] - self.cx) / self.fx, (points[..., 1] - self.cy) / self.fy
-        return np.stack((x, y, np.ones_like(x)), axis=-1)
+        ideal = self._ideal(points)
+        if self.distortion:  # what the distortion moves an ideal point by is nearly what it moved this one by
+            ideal = ideal.copy()
+            for _ in range(MAX_ROUNDS):
+                error = self._ideal(points) - self._ideal(self.project(np.insert(ideal, 2, 1.0, axis=-1)))
+                ideal += error
+                if np.abs(error).max(initial=0.0) < 1e-12:
+                    break
+        return np.insert(ideal, 2, 1.0, axis=-1)
+
+    def _ideal(self, points: np.ndarray) -> np.ndarray:
+        """Pixels `(..., 2)` as a pinhole camera sees them, at Z = 1."""
+        return (points - (self.cx, self.cy)) / (self.fx, self.fy)
 
     def stretch_of(self, points: np.ndarray) -> np.ndarray:
         """Metres along the ray per metre along the axis, `(...)`, of pixels `(..., 2)`; at least 1."""
@@ -95,6 +116,12 @@ class Camera:
     def project(self, places: np.ndarray) -> np.ndarray:
         """Pixels `(..., 2)` of points in space `(..., 3)` in front of the camera; inverse of `place`."""
         places = np.asarray(places, np.float64)
+        if self.distortion and places.size:
+            import cv2
+
+            flat = places.reshape(-1, 1, 3)
+            found, _ = cv2.projectPoints(flat, np.zeros(3), np.zeros(3), self._matrix, np.array(self.distortion))
+            return found.reshape(*places.shape[:-1], 2)
         x, y = places[..., 0] / places[..., 2], places[..., 1] / places[..., 2]
         return np.stack((x * self.fx + self.cx, y * self.fy + self.cy), axis=-1)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmseg_llm.verbs import clicks, convert, data, models
+from mmseg_llm.verbs import clicks, convert, data, depth_data, models
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -26,9 +26,9 @@ def train_segmenter(arguments: Sequence[str]) -> None:
 
 
 GROUPS = {
-    "data": "Make and inspect datasets: synthetic, describe, trajectories, rollouts, sft.",
+    "data": "Make and inspect datasets: synthetic, describe, trajectories, rollouts, sft, curate.",
     "clicks": "Interactive segmentation: measure segmenters by clicks, rate given masks.",
-    "convert": "Read released checkpoints of the reference codes: stamp, segagent, simple_click.",
+    "convert": "Read released checkpoints of the reference codes: stamp, segagent, depthlm, simple_click.",
 }
 TRAINING: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "train-segmenter": train_segmenter}
 """Verbs that hand their arguments on."""
@@ -42,9 +42,15 @@ VERBS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
         "trajectories": data.trajectories,
         "rollouts": data.rollouts,
         "sft": data.sft,
+        "curate": depth_data.curate,
     },
     "clicks": {"measure": clicks.measure, "rate": clicks.rate},
-    "convert": {"stamp": convert.stamp, "segagent": convert.segagent, "simple_click": convert.simple_click},
+    "convert": {
+        "stamp": convert.stamp,
+        "segagent": convert.segagent,
+        "depthlm": convert.depthlm,
+        "simple_click": convert.simple_click,
+    },
     "bench": models.bench,
     "doctor": models.doctor,
 }

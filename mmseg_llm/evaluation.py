@@ -31,7 +31,7 @@ class Protocol:
 
     Attributes:
         predict: how the head answers (`generate`, `per_expression`, `official`).
-        metric: rules of the metric (`clean`, `mllmseg_res`, `mllmseg_gres`, ...).
+        metric: rules of the metric (`clean`, `mllmseg_res`, `mllmseg_gres`, ..., `interactive`, `depth`).
         rules: the metric's rules in words.
         dataset: name of the dataset and split.
         head: name of the head.
@@ -146,9 +146,12 @@ def describe_rules(metric: str, max_clicks: int = 0) -> str:
     Raises:
         ValueError: for an unknown metric, or `interactive` without episodes.
     """
+    from mmseg_llm.metrics.depth_scores import describe_depth
     from mmseg_llm.metrics.interactive import describe_interactive
     from mmseg_llm.metrics.protocols import describe_protocol
 
+    if metric == "depth":
+        return describe_depth()
     if metric == "interactive" and not max_clicks:
         raise ValueError("metric 'interactive' scores episodes of clicks; use it with a click policy")
     parts = [] if metric == "interactive" else [describe_protocol(metric)]
@@ -160,15 +163,14 @@ def score_records(records: Sequence[dict[str, Any]], metric: str, max_clicks: in
 
     Args:
         records: as `evaluate` writes them.
-        metric: protocol; `interactive` scores episodes of clicks only.
+        metric: protocol; `interactive` scores episodes of clicks only, `depth` the numbers in answers.
         max_clicks: where they hold episodes of a click policy, the bound of these, which are scored too.
     """
-    from mmseg_llm.metrics.interactive import InteractiveSegmentation
-    from mmseg_llm.metrics.referring import ReferringSegmentation
+    from mmseg_llm.metrics import InteractiveSegmentation, make_metric
 
     scorers: list[Any] = []  # the records are all here already
     if metric != "interactive":
-        scorers.append(ReferringSegmentation(metric, sync_on_compute=False))
+        scorers.append(make_metric(metric, sync_on_compute=False))
     if max_clicks:
         scorers.append(InteractiveSegmentation(max_clicks, sync_on_compute=False))
     if not records or not scorers:
@@ -207,13 +209,21 @@ def score_file(path: Path, metric: str | None = None) -> dict[str, Any]:
 
 def format_report(report: dict[str, Any]) -> str:
     """The scores with the protocol beside them, as plain text."""
-    lines = [f"{name:>16}  {value:.4f}" if isinstance(value, float) and not name.startswith("num_")
-             else f"{name:>16}  {int(value)}" for name, value in report["scores"].items()]  # fmt: skip
+    scores = report["scores"]
+    lines = [f"{name:>16}  {value:.4f}{_baseline(name, scores)}" if isinstance(value, float) and not name.startswith("num_")
+             else f"{name:>16}  {int(value)}" for name, value in scores.items()]  # fmt: skip
     lines += [f"{name:>16}: {value}" for name, value in report["protocol"].items() if value not in ("", 0)]
     for name in ("endings", "answers"):
         if name in report:
             lines.append(f"{name:>16}: " + ", ".join(f"{count} {kind}" for kind, count in report[name].items()))
     return "\n".join(lines)
+
+
+def _baseline(name: str, scores: dict[str, float]) -> str:
+    """What stands behind a score: of delta1, that of the best constant answer."""
+    task, _, kind = name.rpartition("delta1")
+    rival = scores.get(f"{task}constant_delta1")
+    return "" if kind or rival is None else f"  (best constant answer: {rival:.4f})"
 
 
 def _gather(records: list[dict[str, Any]], output: Path) -> list[dict[str, Any]] | None:

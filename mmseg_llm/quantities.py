@@ -7,6 +7,23 @@ from typing import Any
 
 from mmseg_llm.cameras import Camera, Distance
 
+REASONS = {
+    "no_number": "the answer holds no number",
+    "several_numbers": "the answer holds several numbers and does not say which is meant",
+    "ambiguous": "the number can be read in more than one way, as in 2,5 or 1.2.3",
+    "non_positive": "the number is 0 or below",
+    "non_finite": "the number is no finite one",
+    "no_unit": "the number stands outside the answer tag and without a unit",
+    "other_unit": "the number is in another unit than was asked for",
+    "out_of_range": "the number is above the largest one that is accepted",
+    "truncated": "the answer breaks off before its number is complete",
+    "no_answer": "nothing was answered",
+    "outside_image": "the point lies outside the image",
+    "undrawable": "the point is too near the border for its marker",
+    "bad_camera": "the camera is unknown or cannot be used",
+}
+"""Why an answer has no value: key -> the sentence for reports."""
+
 
 @dataclass(frozen=True)
 class DepthPoint:

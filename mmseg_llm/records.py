@@ -9,6 +9,8 @@ from typing import Any
 
 from mmseg_llm.data.base import SampleDataset
 from mmseg_llm.masks import Mask
+from mmseg_llm.metrics.depth_scores import labelled_value
+from mmseg_llm.quantities import DepthPoint
 from mmseg_llm.structures import Prediction, Query, Sample
 
 
@@ -18,19 +20,28 @@ def record_of(prediction: Prediction, query: Query) -> dict[str, Any]:
     Raises:
         ValueError: for a query without label.
     """
-    if query.masks is None:
-        raise ValueError(f"query '{query.text}' ({query.id}) has no mask label; evaluate a labelled dataset")
-    truth = {
-        "masks": [mask.to_coco() for mask in query.masks],
-        "boxes": None if query.boxes is None else [list(box) for box in query.boxes],
-        **({} if query.ignore is None else {"ignore": query.ignore.to_coco()}),
-    }
+    if query.masks is not None:
+        truth: dict[str, Any] = {
+            "masks": [mask.to_coco() for mask in query.masks],
+            "boxes": None if query.boxes is None else [list(box) for box in query.boxes],
+            **({} if query.ignore is None else {"ignore": query.ignore.to_coco()}),
+        }
+    elif labelled_value(query) is not None:
+        points = [[point.x, point.y, point.metres] for point in query.points]
+        truth = {"task": query.task, "value": query.value, "points": points}
+    else:
+        missing = "mask label" if query.task == "segment" else "label"
+        raise ValueError(f"query '{query.text}' ({query.id}) has no {missing}; evaluate a labelled dataset")
     return {**prediction.to_json(), "target": truth}
 
 
 def read_record(record: dict[str, Any]) -> tuple[Prediction, Query]:
     """A prediction with its label, inverse of `record_of`."""
     prediction, truth = Prediction.from_json(record), record["target"]
+    if "masks" not in truth:
+        points = tuple(DepthPoint(x, y, metres) for x, y, metres in truth["points"])
+        query = Query(prediction.query, points=points, id=prediction.query_id, task=truth["task"], value=truth["value"])
+        return prediction, query
     ignore = truth.get("ignore")
     return prediction, Query(
         text=prediction.query,

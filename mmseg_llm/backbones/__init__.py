@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from mmseg_llm.backbones.base import Backbone
     from mmseg_llm.backbones.internvl import InternVLBackbone
     from mmseg_llm.backbones.llava import LlavaBackbone
+    from mmseg_llm.backbones.pixtral import PixtralBackbone
     from mmseg_llm.backbones.qwen_vl import QwenVLBackbone
     from mmseg_llm.backbones.qwen_vl_chat import QwenVlChatBackbone
 
-__all__ = ["Backbone", "InternVLBackbone", "LlavaBackbone", "QwenVLBackbone", "QwenVlChatBackbone"]
+__all__ = ["Backbone", "InternVLBackbone", "LlavaBackbone", "PixtralBackbone", "QwenVLBackbone", "QwenVlChatBackbone"]
 
 __getattr__ = lazy(
     __name__,
@@ -21,6 +22,7 @@ __getattr__ = lazy(
         "Backbone": "base",
         "InternVLBackbone": "internvl",
         "LlavaBackbone": "llava",
+        "PixtralBackbone": "pixtral",
         "QwenVLBackbone": "qwen_vl",
         "QwenVlChatBackbone": "qwen_vl_chat",
     },

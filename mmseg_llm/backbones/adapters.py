@@ -19,6 +19,7 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "qwen2": PROJECTIONS,
     "qwen3": PROJECTIONS,
     "llama": PROJECTIONS,
+    "mistral": PROJECTIONS,
     "smollm3": PROJECTIONS,
     "qwen2_vl_text": PROJECTIONS,
     "qwen2_5_vl_text": PROJECTIONS,

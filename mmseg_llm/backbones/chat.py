@@ -35,7 +35,10 @@ class ChatTemplate:
         image_start, image_context, image_end: control tokens of an image, `image_context` once per image token.
         after_image: text between an image and the question about it.
         bos: opens the sequence where the family has one.
-        style: `chatml` turns, or the `USER: ... ASSISTANT: ...` line of Vicuna (LLaVA 1.5).
+        style: `chatml` turns, the `USER: ... ASSISTANT: ...` line of Vicuna (LLaVA 1.5), or `[INST]...[/INST]...</s>` of
+            Mistral, where `turn_start` opens a user turn only, `user_end` closes it and `turn_end` ends the answer.
+        user_end: see `style`.
+        image_break: control token between the rows of an image, where the family has one.
     """
 
     system: str = INTERNVL2_5_SYSTEM
@@ -47,13 +50,24 @@ class ChatTemplate:
     image_end: str | None = "</img>"
     after_image: str = "\n"
     bos: str | None = None
-    style: Literal["chatml", "vicuna"] = "chatml"
+    style: Literal["chatml", "vicuna", "mistral"] = "chatml"
+    user_end: str | None = None
+    image_break: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError where the Mistral style is given a system turn, which it has none of, or no end of a user turn."""
+        if self.style == "mistral" and (self.system or self.user_end is None):
+            raise ValueError(
+                f"the mistral style has no system turn and needs user_end, but system is {self.system!r} and user_end "
+                f"{self.user_end!r}; leave system empty and name the token, such as [/INST]"
+            )
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """Every control token the template uses."""
         start = None if self.style == "vicuna" else self.turn_start
-        names = (start, self.turn_end, self.image_start, self.image_context, self.image_end, self.bos)
+        turns = (start, self.user_end, self.turn_end)
+        names = (*turns, self.image_start, self.image_context, self.image_break, self.image_end, self.bos)
         return tuple(name for name in names if name is not None)
 
     def opening(self) -> list[str]:
@@ -67,19 +81,28 @@ class ChatTemplate:
 
     def user(self) -> list[str]:
         """Header of a user turn."""
-        return ["USER: "] if self.style == "vicuna" else [Token(self.turn_start), "user\n"]
+        if self.style == "vicuna":
+            return ["USER: "]
+        return [Token(self.turn_start)] if self.style == "mistral" else [Token(self.turn_start), "user\n"]
 
-    def image(self, num_tokens: int) -> list[str]:
-        """An image of so many tokens."""
-        start, end = ([] if name is None else [Token(name)] for name in (self.image_start, self.image_end))
-        return [self.before_image, *start, *[Token(self.image_context)] * num_tokens, *end]
+    def image(self, rows: int, columns: int) -> list[str]:
+        """An image of so many rows and columns of tokens; the end token stands in the place of a break."""
+        start, stop, end = (
+            [] if name is None else [Token(name)] for name in (self.image_start, self.image_break, self.image_end)
+        )
+        lines = [*[Token(self.image_context)] * columns, *stop] * rows
+        return [self.before_image, *start, *lines[: len(lines) - len(stop)], *end]
 
     def end_of_user(self) -> list[str]:
         """End of a user turn."""
-        return [" "] if self.style == "vicuna" else [Token(self.turn_end), "\n"]
+        if self.style == "vicuna":
+            return [" "]
+        return [Token(str(self.user_end))] if self.style == "mistral" else [Token(self.turn_end), "\n"]
 
     def assistant(self) -> list[str]:
         """Header of an answer."""
+        if self.style == "mistral":
+            return []
         return ["ASSISTANT:"] if self.style == "vicuna" else [Token(self.turn_start), "assistant\n"]
 
     @property
@@ -90,7 +113,7 @@ class ChatTemplate:
     @property
     def after_answer(self) -> str:
         """Text between the end token of an answer and the next turn."""
-        return "" if self.style == "vicuna" else "\n"
+        return "\n" if self.style == "chatml" else ""
 
 
 QWEN_IMAGE: dict[str, Any] = {
@@ -127,4 +150,17 @@ TEMPLATES = {
         style="vicuna",
     ),
     "llava_chatml": ChatTemplate(system="", image_start=None, image_context="<image>", image_end=None),
+    "pixtral": ChatTemplate(
+        system="",
+        turn_start="[INST]",
+        user_end="[/INST]",
+        turn_end="</s>",
+        image_start=None,
+        image_context="[IMG]",
+        image_break="[IMG_BREAK]",
+        image_end="[IMG_END]",
+        after_image="",
+        bos="<s>",
+        style="mistral",
+    ),
 }

@@ -107,13 +107,13 @@ class Codec:
         return self.tokenizer.decode(kept, skip_special_tokens=False).strip()
 
     def image_prefix(self, canvas_size: Size | None = None) -> tuple[int, ...]:
-        """Ids shared by everything asked about one image: system turn, user header and the image placeholders.
+        """Ids shared by everything asked about one image: system turn, user header and the image placeholders by rows.
 
         Args:
             canvas_size: of the image; of the fixed canvas when None.
         """
         t = self.template
-        return self.encode(*t.opening(), *t.user(), *t.image(self.geometry.num_tokens(canvas_size)))
+        return self.encode(*t.opening(), *t.user(), *t.image(*self.geometry.token_grid(canvas_size)))
 
     def question(self, *parts: str, is_first: bool = True) -> tuple[int, ...]:
         """Ids of a question up to the start of its answer; the first one stands behind the image, later ones open a turn."""

@@ -58,6 +58,7 @@ class Generated:
     Attributes:
         ids: `ids[row][branch]` generated token ids, the end token included when it was reached.
         states: `states[row][branch]` `(T, D)`: the state that emitted each of these tokens.
+        chances: `chances[row][branch]` probability of each of these tokens among those that were possible.
         places: `places[row][branch]` where each of these tokens lies in the cache; -1 for the last one, which nothing has been
             computed from yet. Meaningful as long as the branches are kept.
         first: block of the first branch.
@@ -65,6 +66,7 @@ class Generated:
 
     ids: list[list[list[int]]]
     states: list[list[torch.Tensor]] = field(default_factory=list)
+    chances: list[list[list[float]]] = field(default_factory=list)
     places: list[list[list[int]]] = field(default_factory=list)
     first: int = 0
 
@@ -80,6 +82,7 @@ class _Branch:
     constraint: Constraint | None
     ids: list[int] = field(default_factory=list)
     emitters: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)  # said, not run yet
     is_over: bool = False
@@ -119,8 +122,8 @@ def generate(
     while alive := [branch for branch in branches if not branch.is_over]:
         at = torch.tensor([branch.emitter - offset for branch in alive], device=latest.device)
         chosen = _choose(backbone.logits(latest[at]), alive, sampling)
-        for branch, token in zip(alive, chosen, strict=True):
-            _say(branch, token, ends, max_new_tokens)
+        for branch, token, chance in zip(alive, *chosen, strict=True):
+            _say(branch, token, chance, ends, max_new_tokens)
         if not any(branch.pending for branch in alive):
             break
         offset += len(latest)
@@ -135,21 +138,28 @@ def _generator(seed: int | None) -> torch.Generator | None:
     return None if seed is None else torch.Generator().manual_seed(seed)
 
 
-def _choose(logits: torch.Tensor, branches: Sequence[_Branch], sampling: Sampling) -> list[int]:
-    """The next token of each branch from its logits `(n, vocabulary)`, which are written to."""
+def _choose(logits: torch.Tensor, branches: Sequence[_Branch], sampling: Sampling) -> tuple[list[int], list[float]]:
+    """The next token of each branch, and its probability, from its logits `(n, vocabulary)`, which are written to."""
+    groups: dict[tuple[int, ...], list[int]] = {}  # branches that may go on alike are dealt with at once
     for row, branch in enumerate(branches):
         allowed = None if branch.constraint is None else branch.constraint.allowed(branch.ids)
         if allowed is not None:
-            at = torch.tensor(allowed, device=logits.device)
-            kept = logits[row, at]
-            logits[row] = -torch.inf
-            logits[row, at] = kept
+            groups.setdefault(tuple(allowed), []).append(row)
+    for allowed, rows in groups.items():
+        at = torch.tensor(rows, device=logits.device)[:, None], torch.tensor(allowed, device=logits.device)
+        kept = logits[at]
+        logits[at[0][:, 0]] = -torch.inf
+        logits[at] = kept
     drawn = [row for row, branch in enumerate(branches) if branch.generator is not None]
+    values = logits
     if drawn:  # the largest of logits with Gumbel noise is a draw from their softmax
-        values = _nucleus(logits[drawn] / sampling.temperature, sampling.top_p)
+        kept = _nucleus(logits[drawn] / sampling.temperature, sampling.top_p)
         noise = torch.stack([torch.rand(logits.shape[1], generator=branches[row].generator) for row in drawn])
-        logits[drawn] = values - (-noise.clamp(min=1e-20).log()).clamp(min=1e-20).log().to(logits.device)
-    return logits.argmax(-1).tolist()
+        values = logits.clone()
+        values[drawn] = kept - (-noise.clamp(min=1e-20).log()).clamp(min=1e-20).log().to(logits.device)
+    chosen = values.argmax(-1)
+    chances = (logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)).exp()
+    return chosen.tolist(), chances.tolist()
 
 
 def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -162,7 +172,7 @@ def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.empty_like(logits).scatter(-1, order, ordered.masked_fill(is_out, -torch.inf))
 
 
-def _say(branch: _Branch, token: int, ends: set[int], most: int) -> None:
+def _say(branch: _Branch, token: int, chance: float, ends: set[int], most: int) -> None:
     """Add a token and all that must follow it; what has to be run before the next decision is pending."""
     run = [token]
     while len(branch.ids) + len(run) < most and run[-1] not in ends and branch.constraint is not None:
@@ -171,6 +181,7 @@ def _say(branch: _Branch, token: int, ends: set[int], most: int) -> None:
             break
         run.append(allowed[0])
     branch.ids += run
+    branch.chances += [chance] + [1.0] * (len(run) - 1)
     branch.is_over = run[-1] in ends or len(branch.ids) == most
     branch.pending = run[: len(run) - branch.is_over]
     branch.emitters.append(branch.emitter)
@@ -234,6 +245,7 @@ def _gather(branches: Sequence[_Branch], states: torch.Tensor, counts: Sequence[
     return Generated(
         ids=[[branch.ids for branch in row] for row in rows],
         states=[[states[torch.tensor(branch.emitters, device=states.device)] for branch in row] for row in rows],
+        chances=[[branch.chances for branch in row] for row in rows],
         places=[[branch.places for branch in row] for row in rows],
         first=first,
     )

@@ -87,6 +87,9 @@ HUB_SOURCES = {
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl-8b",
     "llava-hf/llava-1.5-7b-hf": "llava-1.5-7b",
     "Qwen/Qwen-VL-Chat": "qwen-vl-chat",
+    "mistral-community/pixtral-12b": "pixtral-12b",
+    "facebook/DepthLM": "pixtral-12b",
+    "facebook/VLM3-depth": "qwen3_vl-4b",
 }
 
 
@@ -254,4 +257,44 @@ TINY_CHAT_VISION: dict[str, Any] = {
 QWEN_VL_CHAT: dict[str, dict[str, Any]] = {
     "qwen-vl-chat-tiny": _qwen_vl_chat(TINY_CHAT_VISION, _text("qwen2", 128, 4, 4, 4, 384, 1)),
     "qwen-vl-chat": _qwen_vl_chat({}, _text("qwen2", 4096, 32, 32, 32, 11008, 151936)),
+}
+
+
+# ---- Pixtral: a vision encoder for any image size, two linear layers, a Mistral decoder ---------------------------------------
+
+
+def _pixtral(vision: dict[str, Any], text: dict[str, Any], theta: float, head_dim: int) -> dict[str, Any]:
+    """Figures of the released model: DepthLM specification J.1 and the configs of the hub folders."""
+    del text["rope_theta"]
+    rope = {"rope_type": "default", "rope_theta": theta}
+    text |= {"head_dim": head_dim, "rms_norm_eps": 1e-5, "sliding_window": None, "rope_parameters": rope}
+    return {"vision": {"model_type": "pixtral", "hidden_act": "silu", **vision}, "text": text}
+
+
+TINY_PIXTRAL_VISION: dict[str, Any] = {
+    "hidden_size": TINY_WIDTH,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 384,
+    "image_size": 96,
+    "patch_size": 12,
+    "initializer_range": TINY_INIT,
+}
+PIXTRAL_400M: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "image_size": 1024,
+    "patch_size": 16,
+}
+
+PIXTRAL: dict[str, dict[str, Any]] = {
+    "pixtral-tiny": _pixtral(TINY_PIXTRAL_VISION, _text("mistral", 128, 4, 4, 2, 384, 1), 1e6, 32),
+    "pixtral-12b": _pixtral(
+        PIXTRAL_400M,
+        _text("mistral", 5120, 40, 32, 8, 14336, 131072) | {"max_position_embeddings": 1024000},
+        theta=1e9,
+        head_dim=128,
+    ),
 }

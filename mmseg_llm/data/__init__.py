@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from mmseg_llm.data.base import Part, SampleDataset
     from mmseg_llm.data.coco import CocoIndex, CocoInstances
     from mmseg_llm.data.concat import Concat
+    from mmseg_llm.data.depth.folder import DepthFolderDataset
+    from mmseg_llm.data.depth.jsonl import DepthJsonlDataset
     from mmseg_llm.data.dialogue import DialogueDataset
     from mmseg_llm.data.interactive import InteractiveDataset
     from mmseg_llm.data.refer import ReferDataset
@@ -20,6 +22,8 @@ __all__ = [
     "CocoIndex",
     "CocoInstances",
     "Concat",
+    "DepthFolderDataset",
+    "DepthJsonlDataset",
     "DialogueDataset",
     "InteractiveDataset",
     "Part",
@@ -35,6 +39,8 @@ __getattr__ = lazy(
         "CocoIndex": "coco",
         "CocoInstances": "coco",
         "Concat": "concat",
+        "DepthFolderDataset": "depth.folder",
+        "DepthJsonlDataset": "depth.jsonl",
         "DialogueDataset": "dialogue",
         "InteractiveDataset": "interactive",
         "Part": "base",

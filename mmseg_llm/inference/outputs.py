@@ -32,9 +32,7 @@ def write_predictions(
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept: list[list[Prediction]] = []
-    stems = Counter(path.stem for path in files)
-    for path, predictions in zip(files, answers, strict=True):
-        stem = path.stem if stems[path.stem] == 1 else path.name.replace(".", "_")
+    for stem, predictions in zip(unique_stems(files), answers, strict=True):
         masks = write_outputs(predictions, folder, stem)[1:]
         for prediction, mask in zip(predictions, masks, strict=True):
             if prediction.trajectory:
@@ -48,6 +46,13 @@ def write_predictions(
     if label_studio is not None:
         tasks = to_label_studio(kept, [label_studio + quote(name) for name in names])
         write_label_studio(tasks, folder / "label_studio.json")
+
+
+def unique_stems(files: Iterable[Path]) -> list[str]:
+    """Names of output files: without suffix where that tells the files apart, with it where several share a stem."""
+    paths = list(files)
+    stems = Counter(path.stem for path in paths)
+    return [path.stem if stems[path.stem] == 1 else path.name.replace(".", "_") for path in paths]
 
 
 def _light(prediction: Prediction) -> Prediction:

@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmseg_llm.geometry import load_image
+from mmseg_llm.inference.depth_maps import GRID, DepthMap, ask_depth_map
+from mmseg_llm.inference.depth_queries import View, ask_points, open_view
+from mmseg_llm.inference.object_depth import ObjectDepth, measure_objects
+from mmseg_llm.inference.point_clouds import PointCloud
 from mmseg_llm.segmenters import refine_predictions
 from mmseg_llm.structures import Prediction, Query, Sample
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mmseg_llm.cameras import Camera, Distance
     from mmseg_llm.heads.all_mask.conversation import Conversation
-    from mmseg_llm.masks import Mask
+    from mmseg_llm.masks import Mask, Size
     from mmseg_llm.model import PerceptionModel
     from mmseg_llm.segmenters import Environment, Refiner
 
@@ -95,25 +100,45 @@ class Perceiver:
     def predict(
         self,
         image: str | Path | Image.Image,
-        queries: Sequence[str] | str,
+        queries: Sequence[str] | str | None = None,
         *,
+        points: Sequence[tuple[float, float]] | np.ndarray | None = None,
+        camera: Camera | None = None,
+        fov: float | None = None,
         head: str | None = None,
         protocol: str | None = None,
         start: Sequence[Mask | np.ndarray] | Mask | np.ndarray | None = None,
     ) -> list[Prediction]:
-        """Answer queries about one image; N queries give N predictions in order.
+        """Answer queries about one image, or how far points of it are; N questions give N predictions in order.
 
         Args:
             image: path or PIL image.
             queries: expressions such as `"the red cube"`.
-            head: name of the head; the first one when None.
+            points: instead of queries, pixels `(x, y)` of the stored image whose depth is asked; `prediction.measurement` tells
+                the metres, or the reason why there are none, and the camera with its origin.
+            camera: intrinsics for points; those of the EXIF data, else assumed ones, when None.
+            fov: field of view in degrees over the longer side, to assume for points.
+            head: name of the head; when None the first one, or for points the first that measures depth.
             protocol: way of predicting, see the head's `protocols`; its first one when None.
             start: masks that a click policy goes on from, one per query, such as those another head predicted, or bool arrays.
 
         Raises:
-            ValueError: for an image that cannot be read, an empty query, or another number of masks than queries.
+            ValueError: for an image that cannot be read, an empty query, another number of masks than queries, both or neither
+                of queries and points, or a camera without points.
         """
-        texts = [queries] if isinstance(queries, str) else list(queries)
+        if (queries is None) == (points is None):
+            raise ValueError(
+                "give either queries, such as 'the red cube', or points, such as (120, 80), to be measured"
+            )
+        if points is not None:
+            if start is not None:
+                raise ValueError(
+                    "start masks are for queries of a click policy; leave them out when points are measured"
+                )
+            return ask_points(self.model, open_view(image, camera, fov), points, head, protocol)
+        if camera is not None or fov is not None:
+            raise ValueError("a camera or field of view is for points; leave it out of queries")
+        texts = [queries] if isinstance(queries, str) else list(queries or ())
         sample = _sample(image, texts, 0)
         if start is not None:
             masks = [as_mask(item) for item in (start if isinstance(start, Sequence) else [start])]
@@ -122,6 +147,112 @@ class Perceiver:
             queries_from = tuple(replace(q, start=mask) for q, mask in zip(sample.queries, masks, strict=True))
             sample = replace(sample, queries=queries_from)
         return next(self._answer([sample], head, protocol))
+
+    def depth_map(
+        self,
+        image: str | Path | Image.Image,
+        camera: Camera | None = None,
+        *,
+        fov: float | None = None,
+        grid: Size = GRID,
+        head: str | None = None,
+        protocol: str | None = None,
+        distance: Distance | None = None,
+    ) -> DepthMap:
+        """Metres on a grid of points over an image, asked in one batched call.
+
+        Args:
+            image: path or PIL image.
+            camera: intrinsics; those of the EXIF data, else assumed ones, when None.
+            fov: field of view in degrees over the longer side, to assume.
+            grid: rows and columns of points, at the centres of equal cells; at most one per pixel.
+            head: name of the depth head; the first one when None.
+            protocol: way of predicting; the head's first one when None.
+            distance: what the metres are measured along, for heads that do not say.
+
+        Raises:
+            ValueError: for an image that cannot be read, a grid without cells, or without a depth head.
+        """
+        view = open_view(image, camera, fov)
+        return ask_depth_map(self.model, view, grid, head=head, protocol=protocol, distance=distance)
+
+    def point_cloud(
+        self,
+        image: str | Path | Image.Image,
+        camera: Camera | None = None,
+        *,
+        fov: float | None = None,
+        grid: Size = GRID,
+        dense: bool = False,
+        head: str | None = None,
+        protocol: str | None = None,
+        distance: Distance | None = None,
+    ) -> PointCloud:
+        """Coloured points in space, metres: of the grid of `depth_map`, or of every pixel by its `resized` when `dense`.
+
+        Raises:
+            ValueError: as `depth_map`, or if nobody says what the metres are measured along.
+        """
+        view = open_view(image, camera, fov)
+        depth = ask_depth_map(self.model, view, grid, head=head, protocol=protocol, distance=distance)
+        return PointCloud.of(depth.resized() if dense else depth, view.name)
+
+    def measure(
+        self,
+        image: str | Path | Image.Image,
+        expressions: Sequence[str] | str | None = None,
+        camera: Camera | None = None,
+        *,
+        fov: float | None = None,
+        masks: Sequence[Mask | np.ndarray | Prediction] | None = None,
+        mask_head: str | None = None,
+        depth_head: str | None = None,
+        protocol: str | None = None,
+        distance: Distance | None = None,
+        points_per_object: int = 32,
+        seed: int = 0,
+    ) -> list[ObjectDepth]:
+        """How far and how large objects are: masks of a segmentation head, depths of points well inside of them.
+
+        Args:
+            image: path or PIL image.
+            expressions: what to measure; with masks their names.
+            camera: intrinsics; those of the EXIF data, else assumed ones, when None.
+            fov: field of view in degrees over the longer side, to assume.
+            masks: to measure instead of what the segmentation head finds, such as the predictions of another model.
+            mask_head: name of the segmentation head; the first one that does not measure depth when None.
+            depth_head: name of the depth head; the first one when None.
+            protocol: of the depth head; its first one when None.
+            distance: what the metres are measured along, for heads that do not say.
+            points_per_object: most points asked within each mask.
+            seed: of their choice.
+
+        Raises:
+            ValueError: without expressions and masks, for another number of masks than expressions, masks of another size than
+                the image, or a model without the heads that are needed.
+        """
+        texts = [expressions] if isinstance(expressions, str) else expressions
+        view = open_view(image, camera, fov)
+        if masks is not None:
+            found = _named_masks(view, masks, texts)
+        elif texts:
+            found = self.predict(image, texts, head=mask_head or self._mask_head())
+        else:
+            raise ValueError("nothing to measure; give expressions such as 'the red cube', or masks")
+        return measure_objects(
+            *(self.model, view, found),
+            head=depth_head,
+            protocol=protocol,
+            distance=distance,
+            points_per_object=points_per_object,
+            seed=seed,
+        )
+
+    def _mask_head(self) -> str:
+        for name, head in self.model.heads.items():
+            if not hasattr(head, "distance"):
+                return name
+        raise ValueError(f"the model has no head that finds objects, only {', '.join(self.model.heads)}; give masks")
 
     def converse(self, image: str | Path | Image.Image, *, head: str | None = None) -> Conversation:
         """A conversation about one image, with heads that hold one: `.ask(text)` gives words and masks.
@@ -163,6 +294,21 @@ def as_mask(mask: Mask | np.ndarray) -> Mask:
     from mmseg_llm.masks import Mask
 
     return mask if isinstance(mask, Mask) else Mask.from_array(np.asarray(mask))
+
+
+def _named_masks(
+    view: View, masks: Sequence[Mask | np.ndarray | Prediction], names: Sequence[str] | None
+) -> list[Prediction]:
+    """Given masks as predictions; those that are some already keep their query unless they are named."""
+    if names is not None and len(names) != len(masks):
+        raise ValueError(f"{len(masks)} masks for {len(names)} expressions; give one mask per expression")
+    found = []
+    for index, item in enumerate(masks):
+        if not isinstance(item, Prediction):
+            mask = as_mask(item)
+            item = Prediction(f"object {index}", mask.size, str(index), view.name, mask=mask, box=mask.box, score=1.0)
+        found.append(item if names is None else replace(item, query=names[index]))
+    return found
 
 
 def _sample(image: str | Path | Image.Image, texts: Sequence[str], number: int) -> Sample:

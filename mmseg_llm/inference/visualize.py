@@ -49,6 +49,7 @@ def draw_predictions(
     *,
     alpha: float = 0.5,
     boxes: bool = False,
+    statuses: Sequence[str] | None = None,
 ) -> Image.Image:
     """The image with a translucent, outlined mask per prediction, and a legend strip below it.
 
@@ -59,6 +60,7 @@ def draw_predictions(
         predictions: of this image; those with `exists` False are listed as 'no target' and draw nothing.
         alpha: opacity of the fill in [0, 1]; outlines are opaque.
         boxes: also draw the box of each prediction.
+        statuses: what the legend says of each prediction, instead of its score.
 
     Raises:
         ValueError: if `alpha` is outside [0, 1] or a prediction has another size than the image.
@@ -80,7 +82,9 @@ def draw_predictions(
                 x1, y1, x2, y2 = (round(edge * factor) for edge in item.box)
                 corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))  # Pillow includes the last pixel
                 pen.rectangle(corners, outline=color, width=_line_width(size))
-    return _with_legend(overlay, [(item.query, _status(item), color, item.exists) for item, color in drawn])
+    said = [_status(item) for item in predictions] if statuses is None else statuses
+    entries = [(_title(item), status, color, item.exists) for (item, color), status in zip(drawn, said, strict=True)]
+    return _with_legend(overlay, entries)
 
 
 def comparison_sheet(
@@ -183,9 +187,16 @@ def _answer(prediction: Prediction) -> Mask:
 
 def _status(prediction: Prediction) -> str:
     """The right-hand side of a legend line."""
-    if not prediction.exists:
-        return "no target"
-    return f"{prediction.score:.2f}" if prediction.depth is None else f"{prediction.depth:.2f} m"
+    if prediction.measurement is not None:
+        found = prediction.measurement
+        return found.reason if found.value is None else f"{found.value:.2f} {found.unit}"
+    return f"{prediction.score:.2f}" if prediction.exists else "no target"
+
+
+def _title(prediction: Prediction) -> str:
+    """The left-hand side of a legend line: what was asked, which of a question without words are its points."""
+    points = () if prediction.measurement is None else prediction.measurement.points
+    return prediction.query or " ".join(f"({x:g}, {y:g})" for x, y in points)
 
 
 def _safe_stem(stem: str) -> str:

@@ -11,7 +11,7 @@ from lightning import LightningModule
 
 from mmseg_llm.backbones.base import Backbone
 from mmseg_llm.heads.base import Head
-from mmseg_llm.metrics.referring import ReferringSegmentation
+from mmseg_llm.metrics import make_metric
 from mmseg_llm.model import PerceptionModel
 from mmseg_llm.structures import Batch, Prediction, Sample
 from mmseg_llm.training.checkpoint import find_weights, load_backbone, load_weights
@@ -55,7 +55,7 @@ class PerceptionModule(LightningModule):
         heads: by name.
         optimization: optimiser and schedule.
         protocol: how validation predicts, see `Head.protocols`.
-        metric: protocol of the validation metric, see `ReferringSegmentation`.
+        metric: protocol of the validation metric, see `metrics.make_metric`; that of the first head when None.
         initial_weights: `model.safetensors` of a run with the same model, or the name of a file in the package's assets, to
             start from.
         initial_backbone: the same of a run with the same backbone, whatever its heads.
@@ -70,7 +70,7 @@ class PerceptionModule(LightningModule):
         heads: dict[str, Head],
         optimization: Optimization = DEFAULT_OPTIMIZATION,
         protocol: str = "generate",
-        metric: str = "clean",
+        metric: str | None = None,
         initial_weights: str | None = None,
         initial_backbone: str | None = None,
     ) -> None:
@@ -85,7 +85,7 @@ class PerceptionModule(LightningModule):
             load_backbone(self.model, find_weights(initial_backbone))
         self.optimization = optimization
         self.protocol = protocol
-        self.metric = ReferringSegmentation(metric)
+        self.metric = make_metric(metric or self.model.head().metric(protocol, False))
         self.shown: list[tuple[Sample, Prediction, int]] = []
 
     def training_step(self, parcel: Parcel, batch_index: int) -> torch.Tensor:
@@ -114,12 +114,12 @@ class PerceptionModule(LightningModule):
                     self.shown.append((sample, prediction, index))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores; cIoU and gIoU in the progress bar."""
+        """Log the scores; the main ones in the progress bar."""
         scores = self.metric.compute()
         self.metric.reset()
         for name, value in scores.items():
             if not math.isnan(value) and not name.startswith("num_"):
-                self.log(f"val/{name}", float(value), prog_bar=name in {"cIoU", "gIoU"}, rank_zero_only=True)
+                self.log(f"val/{name}", float(value), prog_bar=name in {"cIoU", "gIoU", "delta1"}, rank_zero_only=True)
 
     def test_step(self, parcel: Parcel, batch_index: int) -> None:
         """Same as validation."""

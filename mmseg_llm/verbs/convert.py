@@ -64,6 +64,29 @@ def segagent(
     print(f"written: {convert_segagent(source, output, dtype=dtype)}")
 
 
+def depthlm(
+    *,
+    source: str,
+    output: Path,
+    preset: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    max_new_tokens: int = 64,
+) -> None:
+    """Write DepthLM weights (a full Pixtral, Qwen2.5-VL or Qwen3-VL) as a run folder that every tool reads.
+
+    Args:
+        source: folder or hub id, such as facebook/DepthLM or facebook/VLM3-depth.
+        output: folder to write.
+        preset: facebook/DepthLM or facebook/VLM3-depth, for weights elsewhere that have no depthlm_config.json next to them.
+        dtype: storage type.
+        max_new_tokens: bound of an answer that is decoded freely.
+    """
+    from mmseg_llm.zoo.depthlm import convert_depthlm
+
+    folder = convert_depthlm(source, output, preset=preset, dtype=dtype, max_new_tokens=max_new_tokens)
+    print(f"written: {folder}")
+
+
 def simple_click(*, source: Path, output: Path) -> None:
     """Copy the tensors of a released SimpleClick file (.pth) to safetensors, running nothing that it holds.
 

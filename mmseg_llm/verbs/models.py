@@ -89,8 +89,9 @@ def predict(
     *,
     checkpoint: Path,
     image: Path,
-    query: list[str],
     output: Path,
+    query: list[str] | None = None,
+    task: Literal["segment", "depth"] = "segment",
     head: str | None = None,
     protocol: str | None = None,
     batch_size: int = 8,
@@ -100,15 +101,22 @@ def predict(
     max_clicks: int | None = None,
     candidates: int | None = None,
     label_studio: str | None = None,
+    points: str | None = None,
+    grid: str | None = None,
+    camera: str | None = None,
+    fov: float | None = None,
+    distance: Literal["planar", "ray"] | None = None,
+    mask_head: str | None = None,
 ) -> None:
-    """Answer queries about an image or a folder of images: overlays, mask PNGs and one COCO JSON.
+    """Answer queries about an image or a folder of images: masks, or with task depth metres as maps, clouds and sizes.
 
     Args:
         checkpoint: run folder.
         image: file or folder.
-        query: expression, such as "the red cube"; repeat --query for more.
         output: folder to write.
-        head: name of the head; the first one by default.
+        query: expression, such as "the red cube"; repeat --query for more. With task depth: objects to measure.
+        task: segment writes overlays, mask PNGs and one COCO JSON; depth writes pictures, 16-bit PNGs, npz, PLY, HTML and JSON.
+        head: name of the head; the first one (that fits the task) by default.
         protocol: how the head answers; its first way by default.
         batch_size: images at once.
         device: cpu, cuda, ...; a GPU where there is one by default.
@@ -117,27 +125,42 @@ def predict(
         max_clicks: of an episode of a click policy; as in its training by default.
         candidates: answers that a click policy tries per mask with protocol search.
         label_studio: also write pre-annotations for Label Studio, which finds the images here, such as /data/local-files/?d=.
+        points: pixels to measure, such as "120,80;40,60" (x,y).
+        grid: rows and columns of a depth map; 48x64 by default where neither points nor queries are given.
+        camera: fx,fy,cx,cy in pixels, or a JSON file with them, or with cameras by file name; else EXIF, else an assumption.
+        fov: field of view in degrees over the longer side, to assume where the camera is not known.
+        distance: what metres are measured along, for heads that do not say.
+        mask_head: name of the head whose masks are measured; the first one that does not measure depth by default.
     """
     from mmseg_llm.configuration import read_environment, read_refiner
+    from mmseg_llm.inference.depth_outputs import read_request, write_depths
     from mmseg_llm.inference.outputs import write_predictions
     from mmseg_llm.inference.perceiver import Perceiver
 
-    for text in query:
+    for text in query or ():
         if not text.strip(" ."):
             raise ValueError(f"query {text!r} is empty; give an expression such as 'the red cube'")
+    request = read_request(
+        task, query, points=points, grid=grid, camera=camera, fov=fov,
+        distance=distance, head=head, protocol=protocol, mask_head=mask_head,
+    )  # fmt: skip
     files = sorted(p for p in image.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if image.is_dir() else [image]
     if not files:
         raise ValueError(f"folder {image} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     sharpen = None if refiner is None else read_refiner(refiner)
     perceiver = Perceiver.from_pretrained(checkpoint, device=device, refiner=sharpen)
     clicked = None if environment is None else read_environment(environment)
-    perceiver.click_on(clicked, head, max_clicks=max_clicks, candidates=candidates)
-    requests = ((path, query) for path in files)
-    answers = perceiver.predict_many(requests, head=head, protocol=protocol, batch_size=batch_size)
-    for path, predictions in zip(files, write_predictions(answers, files, output, label_studio), strict=True):
-        for item in predictions:
-            found = f"{item.mask.area if item.mask else 0} px" if item.exists else "no target"
-            print(f"{path.name}: {item.query}: {found}, score {item.score:.3f}")
+    perceiver.click_on(clicked, head if request is None else mask_head, max_clicks=max_clicks, candidates=candidates)
+    if request is not None:
+        for line in write_depths(perceiver, files, output, request):
+            print(line)
+    else:
+        requests = ((path, query or ()) for path in files)
+        answers = perceiver.predict_many(requests, head=head, protocol=protocol, batch_size=batch_size)
+        for path, predictions in zip(files, write_predictions(answers, files, output, label_studio), strict=True):
+            for item in predictions:
+                found = f"{item.mask.area if item.mask else 0} px" if item.exists else "no target"
+                print(f"{path.name}: {item.query}: {found}, score {item.score:.3f}")
     print(f"written: {output}")
 
 

@@ -39,9 +39,14 @@ EXPECTED = {
     "llava_1_5": "<s>" + VICUNA,
     "llava_vicuna": f"<s>{TEMPLATES['llava_vicuna'].system} {VICUNA}",
     "llava_chatml": chatml("", "<image>" * 36 + "\n"),
+    "pixtral": "<s>[INST]"
+    + ("[IMG]" * 6 + "[IMG_BREAK]") * 5
+    + "[IMG]" * 6
+    + "[IMG_END]Can you segment the cube in this image?[/INST]Sure, it is [SEG].</s>",
 }
 FOLLOW_UP = {
     "chatml": "<|im_start|>user\nAnd the ball?<|im_end|>\n<|im_start|>assistant\n",
+    "mistral": "[INST]And the ball?[/INST]",
     "vicuna": "USER: And the ball? ASSISTANT:",
 }
 

@@ -202,3 +202,14 @@ def test_drawing_needs_neither_torch_nor_matplotlib():
         "assert not {'torch', 'matplotlib'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_legends_of_measurements_name_their_points_and_reasons():
+    from mmseg_llm.inference.visualize import _status, _title
+    from mmseg_llm.structures import Measurement
+
+    found = Prediction("", (20, 30), measurement=Measurement(3.456, points=((4.0, 5.5),)))
+    speed = Prediction("how fast?", (20, 30), measurement=Measurement(2.0, points=((1.0, 2.0),), unit="m/s"))
+    none = Prediction("", (20, 30), exists=False, measurement=Measurement(None, "no_number", ((1.0, 2.0), (3.0, 4.0))))
+    assert [_title(item) for item in (found, speed, none)] == ["(4, 5.5)", "how fast?", "(1, 2) (3, 4)"]
+    assert [_status(item) for item in (found, speed, none)] == ["3.46 m", "2.00 m/s", "no_number"]

@@ -1,39 +1,25 @@
-"""Answers as tokens: every digit is one, and a grammar says which token may come next (specification section 4.3).
+"""Answers as tokens: a grammar says which token may come next (specification section 4.3).
 
 Numbers are read best digit by digit. Tokenizers of Qwen and Llama split them so; for others the digits are encoded one by one.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mmseg_llm.backbones.digits import encode_digits
 from mmseg_llm.heads.click_policy.codec import ClickCodec
 
 if TYPE_CHECKING:
     from mmseg_llm.backbones.codec import Codec
 
-EXAMPLE = "Current IOU: 74, Positive point: (175, 483)"
 IOU_WORDS = "Current IOU: "
 ACTIONS = ("Positive point: (", "Negative point: (")
 LARGEST_GRAMMAR = 100_000
 """Numbers per coordinate that a grammar lists."""
-
-
-def encode_answer(codec: Codec, text: str) -> tuple[int, ...]:
-    """Token ids of an answer, each digit a token of its own; `decode` gives the text back."""
-    if not _merges_digits(codec):
-        return codec.encode(text)
-    pieces = [piece for piece in re.split(r"([0-9])", text) if piece]
-    return tuple(index for piece in pieces for index in codec.encode(piece))
-
-
-def _merges_digits(codec: Codec) -> bool:
-    digits = set(codec.tokenizer.convert_tokens_to_ids(list("0123456789")))
-    return sum(index in digits for index in codec.encode(EXAMPLE)) < sum(letter.isdigit() for letter in EXAMPLE)
 
 
 @dataclass
@@ -129,7 +115,7 @@ class AnswerGrammar:
 
     def _literals(self, text: str, number: str, skip: Sequence[str]) -> list[tuple[int, ...]]:
         """Tokens between the numbers of an answer, empty ones included."""
-        ids = encode_answer(self._codec, text)
+        ids = encode_digits(self._codec, text)
         tokens = self._codec.tokenizer.convert_tokens_to_ids
         found: list[tuple[int, ...]] = []
         for value in (*skip, *[number] * text.count(f"{number}, {number}") * 2):
@@ -146,6 +132,6 @@ class AnswerGrammar:
 
     def _check(self, *texts: str) -> None:
         for text in filter(None, texts):
-            ids = encode_answer(self._codec, text)
+            ids = encode_digits(self._codec, text)
             for count, index in enumerate(ids):
                 assert index in self.allowed(ids[:count]), f"the grammar does not know its own answer {text!r}"

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
 
 from mmseg_llm.backbones.codec import IGNORE_INDEX, Codec
+from mmseg_llm.backbones.digits import encode_digits
 from mmseg_llm.clicks import Click
 from mmseg_llm.geometry import stretch
 from mmseg_llm.heads.base import Head, check_choices
-from mmseg_llm.heads.click_policy.answers import AnswerGrammar, encode_answer
+from mmseg_llm.heads.click_policy.answers import AnswerGrammar
 from mmseg_llm.heads.click_policy.asking import Reply, View, estimate
 from mmseg_llm.heads.click_policy.codec import QWEN_MILLI, ClickCodec
 from mmseg_llm.heads.click_policy.episodes import Ending, Episode, play
@@ -27,6 +27,7 @@ from mmseg_llm.heads.click_policy.overlay import Overlay
 from mmseg_llm.heads.click_policy.prompts import ClickPrompts, qwen_question
 from mmseg_llm.heads.click_policy.search import Search, search
 from mmseg_llm.heads.click_policy.text import ParsedAction, Status, parse, parse_official, write
+from mmseg_llm.heads.losses import answer_loss
 from mmseg_llm.masks import Mask, Size
 from mmseg_llm.segmenters.environment import Environment, describe_environment
 from mmseg_llm.structures import Batch, Example, Prediction, Query, Sample, Suffix
@@ -106,7 +107,7 @@ class ClickPolicyHead(Head):
         """Check that the longest answer fits the bound on its tokens."""
         size = (10_000, 10_000)
         text = write(Click(9_999, 9_999, True), size, self.codec, iou=1.0 if self.with_iou else None)
-        needed = len(encode_answer(backbone.codec, text)) + 1
+        needed = len(encode_digits(backbone.codec, text)) + 1
         if needed > self.max_new_tokens:
             raise ValueError(
                 f"an answer such as '{text}' takes {needed} tokens; raise max_new_tokens from {self.max_new_tokens}"
@@ -210,7 +211,7 @@ class ClickPolicyHead(Head):
         text = write(
             *(label.click, size, self.codec), iou=label.iou if self.with_iou else None, is_finished=label.is_finished
         )
-        answer = encode_answer(codec, text)
+        answer = encode_digits(codec, text)
         if label.click is None and not label.is_finished:  # that an answer ends behind the estimate is not to be learnt
             return Suffix((*question, *answer), (IGNORE_INDEX,) * len(question) + answer, (index,), (len(question),))
         answer = (*answer, codec.end_id)
@@ -224,12 +225,7 @@ class ClickPolicyHead(Head):
 
     def loss(self, backbone: Backbone, batch: Batch) -> dict[str, torch.Tensor]:
         """Cross-entropy of the answers; `_token_accuracy` is logged only."""
-        states = backbone(batch).states  # (B, N, D)
-        is_target = batch.labels[:, 1:] != IGNORE_INDEX
-        logits = backbone.logits(states[:, :-1][is_target])  # (tokens, vocabulary)
-        wanted = batch.labels[:, 1:][is_target]
-        right = (logits.detach().argmax(-1) == wanted).float().mean()
-        return {"ce": functional.cross_entropy(logits, wanted), "_token_accuracy": right}
+        return answer_loss(backbone, batch)
 
     # ---- inference ----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mmseg_llm.backbones.chat import ChatTemplate
 from mmseg_llm.backbones.codec import Codec, tiny_tokenizer
-from mmseg_llm.heads.click_policy.answers import EXAMPLE, AnswerGrammar, encode_answer
+from mmseg_llm.backbones.digits import EXAMPLE, encode_digits
+from mmseg_llm.heads.click_policy.answers import AnswerGrammar
 from mmseg_llm.heads.click_policy.asking import up_to_estimate
 from mmseg_llm.heads.click_policy.codec import QWEN_MILLI, UNIT_DECIMAL, ClickCodec
 from mmseg_llm.heads.click_policy.text import Status, parse, write
@@ -28,7 +29,7 @@ def walk(grammar, rng):
 
 
 def test_every_digit_is_a_token():
-    ids = encode_answer(CODEC, EXAMPLE)
+    ids = encode_digits(CODEC, EXAMPLE)
     assert len(CODEC.encode(EXAMPLE)) < len(ids)  # the tokenizer itself merges some
     texts = CODEC.tokenizer.convert_ids_to_tokens(ids)
     assert [text for text in texts if any(c.isdigit() for c in text)] == list("74175483")
@@ -53,7 +54,7 @@ def test_every_answer_of_the_training_passes(row, col, is_positive, iou, clicks)
     grammar = GRAMMARS.setdefault(clicks, AnswerGrammar(CODEC, clicks))
     for click in (Click(row, col, is_positive), None):
         text = write(click, SIZE, clicks, iou=iou, is_finished=click is None)
-        ids = (*encode_answer(CODEC, text), CODEC.end_id)
+        ids = (*encode_digits(CODEC, text), CODEC.end_id)
         assert all(token in grammar.allowed(ids[:place]) for place, token in enumerate(ids))
         middle = len(ids) // 2
         assert grammar.after(ids[:middle]).allowed(ids[middle:-1]) == grammar.allowed(ids[:-1]) == [CODEC.end_id]
@@ -65,14 +66,14 @@ GRAMMARS: dict = {}
 def test_most_tokens_leave_no_choice():
     """Which is why a constrained answer costs a third of the passes."""
     grammar = AnswerGrammar(CODEC, QWEN_MILLI)
-    ids = encode_answer(CODEC, EXAMPLE)
+    ids = encode_digits(CODEC, EXAMPLE)
     choices = [len(grammar.allowed(ids[:place])) for place in range(len(ids) + 1)]
     assert sum(count > 1 for count in choices) <= 10 and sum(count == 1 for count in choices) >= 18
 
 
 def test_the_end_of_an_estimate():
     grammar = AnswerGrammar(CODEC, QWEN_MILLI)
-    ids = encode_answer(CODEC, "Current IOU: 7")
+    ids = encode_digits(CODEC, "Current IOU: 7")
     assert set(grammar.action_starts) < set(grammar.allowed(ids)) and CODEC.end_id not in grammar.allowed(ids)
     assert [CODEC.decode([token]) for token in grammar.action_starts] == [","]
 
@@ -86,6 +87,6 @@ def test_numbers_too_fine_to_list():
 def test_a_free_answer_is_cut_behind_its_iou(separator):
     """Whatever stands between IoU and click: candidates that go on from there choose sign and row themselves."""
     for number in ("7", "74", "85.2", "100"):
-        ids = (*encode_answer(CODEC, f"Current IOU: {number}{separator}Positive point: (175, 483)"), CODEC.end_id)
+        ids = (*encode_digits(CODEC, f"Current IOU: {number}{separator}Positive point: (175, 483)"), CODEC.end_id)
         assert CODEC.decode(up_to_estimate(CODEC, ids)) == f"Current IOU: {number}"
-    assert up_to_estimate(CODEC, encode_answer(CODEC, "Positive point: (175, 483)")) == ()
+    assert up_to_estimate(CODEC, encode_digits(CODEC, "Positive point: (175, 483)")) == ()
