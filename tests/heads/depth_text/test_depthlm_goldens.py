@@ -1,4 +1,4 @@
-"""Parity with the picture and the words of DepthLM (goldens README, "depthlm"); answers and metrics are tested with their readers."""
+"""Parity with the picture and the words of DepthLM (goldens README, "depthlm"); its answers and metrics are tested elsewhere."""
 
 from __future__ import annotations
 
