@@ -50,6 +50,9 @@ class Camera:
 
     def __post_init__(self) -> None:
         """Raises: ValueError for a focal length that is no positive number, or a principal point that is no number."""
+        for name in ("fx", "fy", "cx", "cy"):  # numpy's numbers do not go into JSON
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "distortion", tuple(float(value) for value in self.distortion))
         for name in ("fx", "fy"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

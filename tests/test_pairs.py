@@ -155,7 +155,7 @@ def test_saved_model_predicts_the_same(trained):
         first, second = (m.predict(pointed(scenes(0, 7), m.head()), protocol=protocol) for m in (model, loaded))
         assert [said(p) for p in first] == [said(p) for p in second]
         found += first
-    assert len({(p.mask, p.depth) for p in found}) > 2
+    assert len({p.mask for p in found}) > 2 or len({p.depth for p in found}) > 1
     assert any(p.mask.area if p.mask else p.depth for p in found)
 
 
