@@ -118,7 +118,7 @@ def run_bench(
     checkpoint: Path | None,
     images: int,
     queries: int,
-    level: str,
+    level: str | None,
     output: Path | None,
     threads: int,
     backbone: str = "internvl-tiny",
@@ -139,18 +139,26 @@ def run_bench(
         torch.set_num_threads(threads)
     model = Perceiver.from_pretrained(checkpoint).model if checkpoint else untrained_model(backbone, head)
     is_clicking = hasattr(model.head(), "click_environment")
-    if is_clicking:
+    is_depth = model.head().metric("generate", False) == "depth"
+    level = level or ("solid-128" if is_depth else "flat-96")
+    if is_depth:
+        from mmseg_llm import bench_depth
+
+        report = bench_depth.measure(model, level)
+    elif is_clicking:
         from mmseg_llm import bench_clicks
 
         report = bench_clicks.measure(model, scenes(level, images, queries))
     else:
         report = measure(model, scenes(level, images, queries))
-    report |= {"images": images, "queries_per_image": queries, "level": level, "hardware": hardware()}
+    counts = {} if is_depth else {"images": images, "queries_per_image": queries}
+    report |= {**counts, "level": level, "hardware": hardware()}
     report["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if is_clicking:
-        bench_clicks.print_report(
-            report, f"{model.head().name}: {images} images, {report['hardware']}, {report['dtype']}"
-        )
+    title = f"{report['hardware']}, {report['dtype']}"
+    if is_depth:
+        bench_depth.print_report(report, f"{model.head().name}: {report['points']} points of an image, {title}")
+    elif is_clicking:
+        bench_clicks.print_report(report, f"{model.head().name}: {images} images, {title}")
     else:
         _print(model, report)
     if output is not None:

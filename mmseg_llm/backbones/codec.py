@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mmseg_llm.structures import Canvas
 
 IGNORE_INDEX = -100
+MAX_TEXTS = 4096  # whose tokens are remembered
 CODEC_FILE = "codec.json"
 TINY_TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_tokenizer"
 
@@ -51,6 +52,7 @@ class Codec:
         Raises:
             ValueError: if the tokenizer lacks one.
         """
+        self._texts: dict[str, tuple[int, ...]] = {}
         self._ids = {name: self.token_id(name) for name in self.template.control_tokens}
 
     def token_id(self, name: str) -> int:
@@ -71,6 +73,7 @@ class Codec:
         """Append control tokens that are missing, in order; returns how many were added."""
         from tokenizers import AddedToken
 
+        self._texts.clear()
         known = self.tokenizer.get_vocab()
         new = [AddedToken(name, special=True, normalized=False) for name in names if name not in known]
         return self.tokenizer.add_tokens(new, special_tokens=True) if new else 0
@@ -95,11 +98,19 @@ class Codec:
                 text += part
                 continue
             if text:
-                ids += self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+                ids += self._encode(text)
                 text = ""
             if part:
                 ids.append(self._ids[part] if part in self._ids else self.token_id(part))
         return tuple(ids)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text; prompts are made of the same few again and again."""
+        if text not in self._texts:
+            if len(self._texts) == MAX_TEXTS:
+                self._texts.clear()
+            self._texts[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return self._texts[text]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, control tokens included, without the end token."""

@@ -169,19 +169,19 @@ def bench(
     checkpoint: Path | None = None,
     images: int = 16,
     queries: int = 6,
-    level: str = "flat-96",
+    level: str | None = None,
     output: Path | None = None,
     threads: int = 0,
     backbone: str = "internvl-tiny",
     head: Literal["mask_decoder", "all_mask"] = "mask_decoder",
 ) -> None:
-    """Time the parts and compare shared-prefix inference with one expression at a time and with STAMP's own flow.
+    """Time the parts and compare shared-prefix inference with one question at a time and with the references' own flows.
 
     Args:
         checkpoint: run folder; an untrained tiny model by default.
         images: synthetic images timed.
         queries: expressions per image.
-        level: of the synthetic scenes.
+        level: of the synthetic scenes; flat-96, or solid-128 for a depth head, by default.
         output: JSON file to write.
         threads: CPU threads; 0 takes all cores.
         backbone: tiny size of the untrained model.
