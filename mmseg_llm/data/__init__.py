@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from mmseg_llm.data.concat import Concat
     from mmseg_llm.data.depth.folder import DepthFolderDataset
     from mmseg_llm.data.depth.jsonl import DepthJsonlDataset
+    from mmseg_llm.data.depth.questions import QuestionDataset
     from mmseg_llm.data.dialogue import DialogueDataset
     from mmseg_llm.data.interactive import InteractiveDataset
     from mmseg_llm.data.refer import ReferDataset
+    from mmseg_llm.data.synthetic.spatial import SpatialSceneDataset
     from mmseg_llm.data.trajectories import TrajectoryDataset
     from mmseg_llm.data.unpickle import load_plain_pickle
 
@@ -27,8 +29,10 @@ __all__ = [
     "DialogueDataset",
     "InteractiveDataset",
     "Part",
+    "QuestionDataset",
     "ReferDataset",
     "SampleDataset",
+    "SpatialSceneDataset",
     "TrajectoryDataset",
     "load_plain_pickle",
 ]
@@ -44,8 +48,10 @@ __getattr__ = lazy(
         "DialogueDataset": "dialogue",
         "InteractiveDataset": "interactive",
         "Part": "base",
+        "QuestionDataset": "depth.questions",
         "ReferDataset": "refer",
         "SampleDataset": "base",
+        "SpatialSceneDataset": "synthetic.spatial",
         "TrajectoryDataset": "trajectories",
         "load_plain_pickle": "unpickle",
     },

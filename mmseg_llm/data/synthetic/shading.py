@@ -42,6 +42,7 @@ class Look:
         pattern: `plain`, `tiles` or `planks`.
         pitch: metres between pattern lines.
         mottle: float32 `(H, W)` relative brightness of the ground and sky.
+        origin: where the camera stands on the pattern of the ground, metres right and forward.
     """
 
     light: tuple[float, float, float]
@@ -50,6 +51,7 @@ class Look:
     pattern: str
     pitch: float
     mottle: np.ndarray
+    origin: tuple[float, float] = (0.0, 0.0)
 
 
 def choose_look(size: int, rng: np.random.Generator) -> Look:
@@ -77,11 +79,13 @@ def _shade_ground(view: Viewpoint, look: Look, objects: list[SolidObject], first
     x, y = dx * depth, dy[first:] * depth  # (G, W), (G, 1)
     light = look.mottle[first:].copy()
     fade = np.float32(0.13) * np.exp(depth * np.float32(-0.12))  # far pattern lines would alias
+    pattern_x, pattern_y = x + np.float32(look.origin[0]), y + np.float32(look.origin[1])
     if look.pattern == "tiles":
-        parity = (np.floor(x * np.float32(1 / look.pitch)) + np.floor(y * np.float32(1 / look.pitch))) % 2
+        cells = (np.floor(places * np.float32(1 / look.pitch)) for places in (pattern_x, pattern_y))
+        parity = sum(cells) % 2
         light += (parity - np.float32(0.5)) * fade
     elif look.pattern == "planks":
-        board = np.floor(x * np.float32(2 / look.pitch))
+        board = np.floor(pattern_x * np.float32(2 / look.pitch))
         light += (board * np.float32(0.618) % 1 - np.float32(0.5)) * fade
     for thing in objects:
         _cast_shadow(view, look, thing, (x, y, light), first)
