@@ -26,7 +26,7 @@ def train_segmenter(arguments: Sequence[str]) -> None:
 
 
 GROUPS = {
-    "data": "Make and inspect datasets: synthetic, describe, trajectories, rollouts, sft, curate.",
+    "data": "Make and inspect datasets: synthetic, describe, trajectories, rollouts, sft, curate, constant.",
     "clicks": "Interactive segmentation: measure segmenters by clicks, rate given masks.",
     "convert": "Read released checkpoints of the reference codes: stamp, segagent, depthlm, simple_click.",
 }
@@ -43,6 +43,7 @@ VERBS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
         "rollouts": data.rollouts,
         "sft": data.sft,
         "curate": depth_data.curate,
+        "constant": depth_data.constant,
     },
     "clicks": {"measure": clicks.measure, "rate": clicks.rate},
     "convert": {

@@ -1,6 +1,6 @@
-"""Verb that turns public depth datasets into JSONL files of labelled pixels: `mmseg-llm data curate`.
+"""Verbs about depth datasets: `mmseg-llm data curate` makes JSONL files of public ones, `data constant` scores a constant answer.
 
-Heavy libraries are imported inside the verb, so that `--help` is instant.
+Heavy libraries are imported inside the verbs, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -41,3 +41,25 @@ def curate(
     )
     print("skipped: " + (", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "nothing"))
     print(f"images are relative to {stats['images']}")
+
+
+def constant(
+    *,
+    data: Path,
+    split: Literal["train", "val", "test"] = "test",
+    metres: float | None = None,
+    max_samples: int | None = None,
+) -> None:
+    """Score the same answer for every labelled point of a depth dataset, as the labels are, nothing converted.
+
+    Args:
+        data: data config (configs/data/depth_*.yaml).
+        split: which dataset of the data config.
+        metres: the answer; the best one by default.
+        max_samples: score the first images only.
+    """
+    from mmseg_llm.configuration import read_split
+    from mmseg_llm.depth_evaluation import measure_constant
+
+    for name, value in measure_constant(read_split(data, split, max_samples), metres).items():
+        print(f"{name:>18}  {value:.4f}" if isinstance(value, float) else f"{name:>18}  {value}")

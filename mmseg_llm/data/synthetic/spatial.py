@@ -68,7 +68,9 @@ class SpatialSceneDataset(SampleDataset):
         while not (names := _names(scene := make_scene(self.level, self.seed, index, self.split))):
             index += self.count  # of this scene nothing can be said that means one object alone
         queries = [
-            Query(text, task=task, id=f"{target}/{task}", value=_size(scene, target, task), boxes=(scene.boxes[target],))
+            Query(
+                text, task=task, id=f"{target}/{task}", value=_size(scene, target, task), boxes=(scene.boxes[target],)
+            )
             for target, text in names.items()
             for task in tasks
         ]
@@ -77,7 +79,9 @@ class SpatialSceneDataset(SampleDataset):
     def _pair(self, index: int) -> Sample:
         motion = make_motion(self.level, self.seed, index, self.split)
         query = Query("", task="camera_motion", id="0", value=motion.metres)
-        return self._sample(motion.image, (query,), f"motion/{self.level}/{self.seed}/{self.split}/{index}", motion.camera)
+        return self._sample(
+            motion.image, (query,), f"motion/{self.level}/{self.seed}/{self.split}/{index}", motion.camera
+        )
 
     def _sample(self, image: np.ndarray, queries: tuple[Query, ...], name: str, camera: Camera | None) -> Sample:
         return Sample(Image.fromarray(image), image.shape[:2], queries, name, self.name, camera)

@@ -39,9 +39,7 @@ def built(chosen, one: Sample, seed: int = 0):
 
 
 def supervised(example, codec) -> list[str]:
-    return [
-        codec.decode([label for label in suffix.labels if label != IGNORE_INDEX]) for suffix in example.suffixes
-    ]
+    return [codec.decode([label for label in suffix.labels if label != IGNORE_INDEX]) for suffix in example.suffixes]
 
 
 def with_points(one: Sample, *points: tuple[float, float, float | None], task: str = "depth", **fields) -> Sample:
@@ -175,7 +173,9 @@ def test_neither_batch_nor_memory_changes_answers(reference, protocol, request):
     together = perception.predict(samples, protocol=protocol)
     assert [p.query_id for p in together] == [q.id for s in samples for q in s.queries]
     alone = [p for s in samples for p in perception.predict([s], protocol=protocol)]
-    single = [p for s in samples for q in s.queries for p in perception.predict([replace(s, queries=(q,))], protocol=protocol)]
+    single = [
+        p for s in samples for q in s.queries for p in perception.predict([replace(s, queries=(q,))], protocol=protocol)
+    ]
     chosen = perception.head()
     before, chosen.max_cached = chosen.max_cached, 300
     try:
