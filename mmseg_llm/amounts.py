@@ -19,7 +19,7 @@ class Amount:
         kind: `m`, `s`, `m/s`, `other` for a unit of something else, empty where no unit follows.
         factor: takes the value to the unit `kind`.
         is_clear: False for "2,5" and "1.2.3".
-        is_glued: letters that are no unit follow at once, as in "2nd".
+        is_glued: letters that are no unit follow at once, as in "2nd", or a digit of another script stands before it.
         is_joined: to a neighbour, as in "2-3" and "2 or 3".
     """
 
@@ -53,21 +53,32 @@ LENGTHS = _names(
 TIMES = _names({"s sec secs second seconds": 1.0, "ms millisecond milliseconds": 0.001, "min minute minutes": 60.0,
                 "h hour hours": 3600.0})  # fmt: skip
 SPEEDS = {"mps": 1.0, "kmh": 1 / 3.6, "kph": 1 / 3.6, "mph": 0.44704}
+_SCALES = {"m": LENGTHS, "s": TIMES, "m/s": SPEEDS}
+
+
+def unit_names(kind: str) -> frozenset[str]:
+    """What the unit `kind` (`m`, `s` or `m/s`) itself is called."""
+    return frozenset(name for name, factor in _SCALES[kind].items() if factor == 1)
+
 
 _NUMBER = re.compile(
-    r"(?P<sign>[-+\u2212]\s{0,2})?"
+    r"(?P<sign>[-+\u2212]\s*|[\u2010-\u2013\ufe63\uff0d]|(?<!\w)(?:minus|negative)\s+)?"
     r"(?:(?P<digits>(?:(?<![\w.,])\.[0-9]|(?<!\w)(?<!\w[.,])[0-9])[0-9.,]*)(?P<exponent>e[-+]?[0-9]+)?"
     r"|(?P<word>(?<!\w)(?:nan|inf|infinity)(?!\w)|\u221e))",
     re.IGNORECASE | re.ASCII,
 )
 _PLAIN = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _UNIT = re.compile(
-    r"[\s\u00a0\u202f*`-]{0,4}"
-    r"(?:(?P<name>[a-z]+)(?:\s{0,2}(?:/|per\b)\s{0,2}(?P<per>[a-z]+))?(?P<power>[\^\u00b2\u00b30-9])?|(?P<odd>[%\u00b0]))",
+    r"[\s\u00a0\u202f*`(\[-]{0,4}"
+    r"(?:(?P<name>[a-z]+)(?:\s{0,2}(?:/|per\b)\s{0,2}(?P<per>[a-z]+))?"
+    r"(?P<power>[\^\u00b2\u00b30-9]|\s{1,2}(?:squared|cubed)\b)?|(?P<odd>[%\u00b0]))",
     re.IGNORECASE | re.ASCII,
 )
 _JOINS = frozenset(
-    ("", "-", "\u2212", "\u2013", "\u2014", "/", ",", "~", "\u00b1", "+", "*", "x", "\u00d7", "to", "or", "and")
+    (
+        *("", "-", "\u2212", "\u2013", "\u2014", "/", ",", "~", "\u00b1", "+", "*", "x", "\u00d7", "to", "or", "and"),
+        *("'", "\u2019", "^", "**", "\u00b7", "\u22c5", "times", "plus", ".", "\u200b", "\u2060", "\ufeff"),
+    )
 )
 
 
@@ -106,6 +117,8 @@ def _amount(text: str, match: re.Match[str]) -> Amount:
         value = float(digits.replace(",", "") + exponent) if is_clear else float("nan")
     kind, factor, unit_end = _unit(text, end)
     is_glued = not kind and end < len(text) and (text[end].isalnum() or text[end] == "_")
+    before = text[max(0, match.start() - 1) : match.start()]
+    is_glued = is_glued or (before.isnumeric() and not before.isascii())
     return Amount(sign * value, match.start(), unit_end, kind, factor, is_clear, is_glued)
 
 
@@ -117,12 +130,11 @@ def _unit(text: str, end: int) -> tuple[str, float, int]:
     if match["odd"]:
         return "other", 1.0, match.end()
     name, per = match["name"].lower(), (match["per"] or "").lower()
-    scales = {"m": LENGTHS, "s": TIMES, "m/s": SPEEDS}
-    kind = next((kind for kind, table in scales.items() if name in table), "")
+    kind = next((kind for kind, table in _SCALES.items() if name in table), "")
     if not kind:
         return "", 1.0, end
     if match["power"] or (per and not (kind == "m" and per in TIMES)):
         return "other", 1.0, match.end()
     if per:
         return "m/s", LENGTHS[name] / TIMES[per], match.end()
-    return kind, scales[kind][name], match.end()
+    return kind, _SCALES[kind][name], match.end()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -23,7 +23,11 @@ Distance = Literal["planar", "ray", "unspecified"]
 Origin = Literal["given", "exif", "assumed"]
 """Where intrinsics come from: the caller or the dataset, the photograph's own data, or an assumed field of view."""
 
-MAX_ROUNDS = 100  # of undoing a distortion; ten do for usual lenses
+MAX_ROUNDS = 50  # of undoing a distortion; five do for usual lenses
+MAX_STEP, SMALL = 0.3, 1e-6  # of a round, and of a derivative, at Z = 1
+MAX_ERROR = 1e-3  # pixels
+COEFFICIENTS = (0, 4, 5, 8, 12, 14)
+"""How many numbers a distortion may have (OpenCV)."""
 ASSUMED_FOV = 60.0  # degrees over the longer side; a usual phone or webcam
 FULL_FRAME = (36.0, 24.0)  # mm
 
@@ -60,6 +64,13 @@ class Camera:
         for name in ("cx", "cy"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; the principal point is a pair of finite numbers")
+        for name, kind in (("distance", Distance), ("origin", Origin)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is '{getattr(self, name)}'; use one of {', '.join(get_args(kind))}")
+        if len(self.distortion) not in COEFFICIENTS or not all(map(math.isfinite, self.distortion)):
+            raise ValueError(
+                f"distortion is {self.distortion}; give 4, 5, 8, 12 or 14 finite OpenCV coefficients (k1, k2, p1, p2, k3, ...)"
+            )
 
     @property
     def _matrix(self) -> np.ndarray:
@@ -71,17 +82,36 @@ class Camera:
         return replace(self, distortion=())
 
     def rays(self, points: np.ndarray) -> np.ndarray:
-        """Directions `(..., 3)` with Z = 1 of pixels `(..., 2)`, the distortion of the image undone."""
+        """Directions `(..., 3)` with Z = 1 of pixels `(..., 2)`, the distortion of the image undone.
+
+        NaN where no ray is seen at a pixel: strong distortions fold the picture over.
+        """
         points = np.asarray(points, np.float64)
         ideal = self._ideal(points)
-        if self.distortion:  # what the distortion moves an ideal point by is nearly what it moved this one by
-            ideal = ideal.copy()
+        return np.insert(self._undistorted(ideal) if self.distortion else ideal, 2, 1.0, axis=-1)
+
+    def _undistorted(self, seen: np.ndarray) -> np.ndarray:
+        """Rays at Z = 1 that a distortion brought to `seen` `(..., 2)`, by Newton's method; nan where it finds none."""
+        ideal = seen.copy()
+        right, down = np.array((SMALL, 0.0)), np.array((0.0, SMALL))
+        with np.errstate(all="ignore"):  # what runs away becomes nan below
             for _ in range(MAX_ROUNDS):
-                error = self._ideal(points) - self._ideal(self.project(np.insert(ideal, 2, 1.0, axis=-1)))
-                ideal += error
-                if np.abs(error).max(initial=0.0) < 1e-12:
+                at = self._distorted(ideal)
+                error = seen - at
+                if not np.abs(error).max(initial=0.0) >= 1e-13:
                     break
-        return np.insert(ideal, 2, 1.0, axis=-1)
+                a, c = np.moveaxis((self._distorted(ideal + right) - at) / SMALL, -1, 0)
+                b, d = np.moveaxis((self._distorted(ideal + down) - at) / SMALL, -1, 0)
+                x, y = np.moveaxis(error, -1, 0)
+                step = np.stack((d * x - b * y, a * y - c * x), -1) / (a * d - b * c)[..., None]
+                ideal += step.clip(-MAX_STEP, MAX_STEP)
+            missed = (np.abs(seen - self._distorted(ideal)) * (self.fx, self.fy)).max(-1)
+        ideal[~(missed <= MAX_ERROR)] = np.nan
+        return ideal
+
+    def _distorted(self, ideal: np.ndarray) -> np.ndarray:
+        """Where rays `(..., 2)` at Z = 1 seem to come from."""
+        return self._ideal(self.project(np.insert(ideal, 2, 1.0, axis=-1)))
 
     def _ideal(self, points: np.ndarray) -> np.ndarray:
         """Pixels `(..., 2)` as a pinhole camera sees them, at Z = 1."""
@@ -160,7 +190,7 @@ def assume_camera(size: Size, fov: float = ASSUMED_FOV) -> Camera:
         raise ValueError(f"a field of view of {fov} degrees fits no pinhole camera; give one from 1 to below 179")
     height, width = size
     focal = max(size) / 2 / math.tan(math.radians(fov) / 2)
-    return Camera(focal, focal, (width - 1) / 2, (height - 1) / 2, origin="assumed")
+    return Camera(focal, focal, (width - 1) / 2, (height - 1) / 2, "unspecified", origin="assumed")
 
 
 def exif_camera(image: Image.Image) -> Camera | None:
@@ -177,7 +207,7 @@ def exif_camera(image: Image.Image) -> Camera | None:
         return None
     width, height = image.size
     focal = millimetres * math.hypot(width, height) / math.hypot(*FULL_FRAME)
-    return Camera(focal, focal, (width - 1) / 2, (height - 1) / 2, origin="exif")
+    return Camera(focal, focal, (width - 1) / 2, (height - 1) / 2, "unspecified", origin="exif")
 
 
 def find_camera(image: Image.Image, camera: Camera | None = None, fov: float | None = None) -> Camera:

@@ -209,13 +209,18 @@ def score_file(path: Path, metric: str | None = None) -> dict[str, Any]:
 
 def format_report(report: dict[str, Any]) -> str:
     """The scores with the protocol beside them, as plain text."""
-    scores = report["scores"]
-    lines = [f"{name:>16}  {value:.4f}{_baseline(name, scores)}" if isinstance(value, float) and not name.startswith("num_")
-             else f"{name:>16}  {int(value)}" for name, value in scores.items()]  # fmt: skip
-    lines += [f"{name:>16}: {value}" for name, value in report["protocol"].items() if value not in ("", 0)]
+    scores, protocol = report["scores"], report["protocol"]
+    width = max(16, *map(len, (*scores, *protocol)))
+    lines = [
+        f"{name:>{width}}  {value:.4f}{_baseline(name, scores)}"
+        if isinstance(value, float) and not name.startswith("num_")
+        else f"{name:>{width}}  {int(value)}"
+        for name, value in scores.items()
+    ]
+    lines += [f"{name:>{width}}: {value}" for name, value in protocol.items() if value not in ("", 0)]
     for name in ("endings", "answers"):
         if name in report:
-            lines.append(f"{name:>16}: " + ", ".join(f"{count} {kind}" for kind, count in report[name].items()))
+            lines.append(f"{name:>{width}}: " + ", ".join(f"{count} {kind}" for kind, count in report[name].items()))
     return "\n".join(lines)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
-from mmseg_llm.amounts import Amount, find_amounts
+from mmseg_llm.amounts import Amount, find_amounts, unit_names
+from mmseg_llm.answer_words import is_hedged, tag_doubt, without_markup
 
 Unit = Literal["m", "s", "m/s"]
 """What a question asks for: metres, seconds, metres per second."""
@@ -41,9 +43,12 @@ def read_metres(text: str, *, lenient: bool = False, largest: float | None = Non
 def read_quantity(text: str, unit: Unit = "m", *, lenient: bool = False, largest: float | None = None) -> Reading:
     """The one number an answer gives in `unit`, or why it gives none.
 
-    The first `<answer>` tag (closed or not) decides if anything is in it. It declares the unit, so a bare number will do, and
-    there has to be exactly one number. Without it the text has to give one value with its unit; of several different ones
-    the one behind "around" counts, the words of the template. Thousands commas and exponents are read, "2,5" is not.
+    The first `<answer>` tag (closed or not) decides if anything is in it, whatever later tags say. It declares the unit, so a
+    bare number will do. There has to be exactly one number, and nothing else but markup, punctuation behind it, and words that
+    change nothing ("the distance is about 2.4 m away"): "2 thousand", "2 apples", "$2" and "<2" are refused. Without a tag the
+    text has to give one value with its unit; of several different ones the one behind "around" counts, the words of the
+    template; "not 2 m" and "at least 2 m" are refused. Thousands commas and exponents are read, "2,5" is not; "minus 2" is
+    negative.
 
     Args:
         text: what the model said.
@@ -52,21 +57,24 @@ def read_quantity(text: str, unit: Unit = "m", *, lenient: bool = False, largest
         largest: values above it are out of range; None accepts any.
     """
     tag = _ANSWER.search(text)
-    found = _in_tag(tag[1], is_open=not tag[2]) if tag and tag[1].strip() else _in_words(text, unit)
+    found = _in_tag(tag[1], unit, is_open=not tag[2]) if tag and tag[1].strip() else _in_words(text, unit)
     return found if isinstance(found, Reading) else _accept(found, unit, lenient, largest)
 
 
-def _in_tag(text: str, is_open: bool) -> Amount | Reading:
+def _in_tag(text: str, unit: Unit, is_open: bool) -> Amount | Reading:
     """The only amount in an answer tag, or the refusal."""
+    text = without_markup(text, is_open)
     amounts = find_amounts(text)
     if len(amounts) > 1:
         return Reading(None, "several_numbers")
     if not amounts:
         return Reading(None, "truncated" if is_open else "no_number")
-    rest = text[amounts[0].end :]
-    if is_open and rest in {".", ","}:
+    amount = amounts[0]
+    before, behind = text[: amount.start], text[amount.end :]
+    if is_open and not amount.kind and behind in {".", ","}:
         return Reading(None, "truncated")  # "7." may have become 7.3
-    return Reading(None, "ambiguous") if amounts[0].is_glued else amounts[0]
+    doubt = "ambiguous" if amount.is_glued else tag_doubt(before, behind, unit_names(unit), bool(amount.kind))
+    return Reading(None, doubt) if doubt else amount
 
 
 def _in_words(text: str, unit: Unit) -> Amount | Reading:
@@ -83,15 +91,24 @@ def _in_words(text: str, unit: Unit) -> Amount | Reading:
         return Reading(None, "truncated")
     if not asked:
         return Reading(None, "several_numbers" if _differ(amounts) else "no_unit")
-    if _differ(asked):
+    if _differ(asked) or _goes_on(amounts, unit):
         asked = [amount for amount in asked if not amount.is_joined and _is_behind_around(text, amount)]
     if not asked or _differ(asked):
         return Reading(None, "several_numbers")
+    if any(is_hedged(text, amount.start, amount.end) for amount in asked):
+        return Reading(None, "ambiguous")
     return next((amount for amount in asked if amount.factor == 1), asked[0])
 
 
 def _is_behind_around(text: str, amount: Amount) -> bool:
     return _AROUND.search(text[max(0, amount.start - 9) : amount.start]) is not None
+
+
+def _goes_on(amounts: list[Amount], unit: Unit) -> bool:
+    """Whether a bare number follows one in `unit` at once, as in "2 m 50"."""
+    return any(
+        left.kind == unit and left.is_joined and right.is_joined and not right.kind for left, right in pairwise(amounts)
+    )
 
 
 def _differ(amounts: list[Amount]) -> bool:

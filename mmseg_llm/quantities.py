@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from mmseg_llm.cameras import Camera, Distance
 REASONS = {
     "no_number": "the answer holds no number",
     "several_numbers": "the answer holds several numbers and does not say which is meant",
-    "ambiguous": "the number can be read in more than one way, as in 2,5 or 1.2.3",
+    "ambiguous": "the number can be read in more than one way or is no plain statement, as in 2,5 or 1.2.3 or <2",
     "non_positive": "the number is 0 or below",
     "non_finite": "the number is no finite one",
     "no_unit": "the number stands outside the answer tag and without a unit",
@@ -21,8 +22,20 @@ REASONS = {
     "outside_image": "the point lies outside the image",
     "undrawable": "the point is too near the border for its marker",
     "bad_camera": "the camera is unknown or cannot be used",
+    "cut_away": "the point lies in a part of the photograph that undoing its lens distortion cuts away",
+    "too_large": "the picture at the unified focal length is larger than the backbone takes",
 }
 """Why an answer has no value: key -> the sentence for reports."""
+
+
+def to_null(number: float) -> float | None:
+    """A coordinate for JSON, which knows finite numbers only: None for any other."""
+    return number if math.isfinite(number) else None
+
+
+def from_null(number: float | None) -> float:
+    """Inverse of `to_null`: None is nan."""
+    return math.nan if number is None else number
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,7 @@ class Measurement:
         distance: what the value is measured along, where it is a depth.
         camera: intrinsics it was answered with; its `distance` is that of the labels.
         is_snapped: whether a point was moved, as markers cannot be drawn at the border.
+        scale: what the number in the text is multiplied by, where the picture had to be shrunk to fit the backbone.
     """
 
     value: float | None
@@ -57,18 +71,20 @@ class Measurement:
     distance: Distance = "unspecified"
     camera: Camera | None = None
     is_snapped: bool = False
+    scale: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict for JSON."""
+        """A plain dict for JSON; coordinates that are no numbers are null."""
         return {
             "value": self.value,
             "reason": self.reason,
-            "points": [list(point) for point in self.points],
+            "points": [[to_null(x), to_null(y)] for x, y in self.points],
             "task": self.task,
             "unit": self.unit,
             "distance": self.distance,
             "camera": None if self.camera is None else self.camera.to_json(),
             **({"is_snapped": True} if self.is_snapped else {}),
+            **({} if self.scale == 1 else {"scale": self.scale}),
         }
 
     @classmethod
@@ -78,7 +94,7 @@ class Measurement:
         return cls(
             **content
             | {
-                "points": tuple((x, y) for x, y in content["points"]),
+                "points": tuple((from_null(x), from_null(y)) for x, y in content["points"]),
                 "camera": None if camera is None else Camera.from_json(camera),
             }
         )

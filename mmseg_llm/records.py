@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 from mmseg_llm.data.base import SampleDataset
 from mmseg_llm.masks import Mask
 from mmseg_llm.metrics.depth_scores import labelled_value
-from mmseg_llm.quantities import DepthPoint
+from mmseg_llm.quantities import DepthPoint, from_null, to_null
 from mmseg_llm.structures import Prediction, Query, Sample
 
 
 def record_of(prediction: Prediction, query: Query) -> dict[str, Any]:
     """A prediction with its label, for JSON.
+
+    The chance of a measured number differs in the sixth digit with what else is in its batch: four are kept.
 
     Raises:
         ValueError: for a query without label.
@@ -27,19 +30,26 @@ def record_of(prediction: Prediction, query: Query) -> dict[str, Any]:
             **({} if query.ignore is None else {"ignore": query.ignore.to_coco()}),
         }
     elif labelled_value(query) is not None:
-        points = [[point.x, point.y, point.metres] for point in query.points]
+        points = [[to_null(point.x), to_null(point.y), point.metres] for point in query.points]
         truth = {"task": query.task, "value": query.value, "points": points}
     else:
         missing = "mask label" if query.task == "segment" else "label"
-        raise ValueError(f"query '{query.text}' ({query.id}) has no {missing}; evaluate a labelled dataset")
-    return {**prediction.to_json(), "target": truth}
+        asked = f" ('{query.text}')" if query.text else ""
+        raise ValueError(
+            f"query '{query.id or prediction.query_id}'{asked} of sample '{prediction.sample_id}' has no {missing}; "
+            "evaluate a labelled dataset"
+        )
+    record = prediction.to_json()
+    if prediction.measurement is not None:
+        record["score"] = round(record["score"], 4)
+    return {**record, "target": truth}
 
 
 def read_record(record: dict[str, Any]) -> tuple[Prediction, Query]:
     """A prediction with its label, inverse of `record_of`."""
     prediction, truth = Prediction.from_json(record), record["target"]
     if "masks" not in truth:
-        points = tuple(DepthPoint(x, y, metres) for x, y, metres in truth["points"])
+        points = tuple(DepthPoint(from_null(x), from_null(y), metres) for x, y, metres in truth["points"])
         query = Query(prediction.query, points=points, id=prediction.query_id, task=truth["task"], value=truth["value"])
         return prediction, query
     ignore = truth.get("ignore")
@@ -124,8 +134,17 @@ def read_masks(path: Path) -> dict[tuple[str, str], Mask]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is never seen half written."""
+    """Write a file that is never seen half written; numbers that are not finite become null, as JSON knows no others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    temporary.write_text(json.dumps(_standard(content), ensure_ascii=False, allow_nan=False), encoding="utf-8")
     temporary.replace(path)
+
+
+def _standard(content: Any) -> Any:
+    """The content with None for numbers that are not finite, such as a mean over nothing."""
+    if isinstance(content, dict):
+        return {name: _standard(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_standard(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -63,7 +63,7 @@ class Query:
         boxes: `(x1, y1, x2, y2)` per instance, original pixels.
         points: pixels asked for, with metric depth when labelled.
         id: unique within its dataset.
-        task: `segment`, `chat`, `depth`, or another question template of `heads.depth_text.tasks`.
+        task: `segment`, `chat`, `depth`, or another key of `questions.QUESTIONS`.
         value: labelled number of a question whose answer is no depth of a point, in the unit of its task.
         answer: target text of free-form tasks.
         history: earlier turns of the conversation, as (question, answer) pairs.

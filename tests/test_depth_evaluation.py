@@ -152,8 +152,12 @@ def test_evaluation_of_depth(tmp_path):
 def test_report_shows_failures_and_the_constant(tmp_path):
     report = evaluate(Guesser(TEXTS), small_dataset(), tmp_path / "out.json")  # type: ignore[arg-type]
     text = format_report(report)
-    assert "          delta1  0.5000  (best constant answer: 0.7500)\n" in text
+    assert " delta1  0.5000  (best constant answer: 0.7500)\n" in text
     assert "failed_no_number  2\n" in text and "num_points  8\n" in text and " prompt: short" in text
+    widest = max(map(len, report["scores"]))
+    assert widest > 16
+    for line in text.splitlines():  # names end in one column, whatever their length
+        assert line[:widest].strip() and line[widest : widest + 2] in {"  ", ": "}, line
     assert text.count("best constant answer:") == 1
 
 
@@ -183,7 +187,62 @@ def test_records_without_labels_are_refused():
         Query("", points=(DepthPoint(3.0, 4.0, 1.0), DepthPoint(5.0, 6.0, 2.0)), id="0", task="two_point_distance"),
         Query("", id="0", task="camera_motion"),
     ):
-        with pytest.raises(ValueError, match=r"\(0\) has no label; evaluate a labelled dataset"):
+        with pytest.raises(ValueError, match="query '0' of sample 'a' has no label; evaluate a labelled dataset"):
             record_of(prediction, query)
-    with pytest.raises(ValueError, match="has no mask label; evaluate a labelled dataset"):
+        with pytest.raises(ValueError, match="query '0' of sample 'a' has no label"):
+            record_of(prediction, replace(query, id=""))
+    with pytest.raises(
+        ValueError, match=r"query '0' \('a dog'\) of sample 'a' has no mask label; evaluate a labelled dataset"
+    ):
         record_of(prediction, Query("a dog", id="0"))
+
+
+def fail(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_points_that_are_nowhere_are_null():
+    nowhere = ((math.nan, 4.0), (math.inf, -math.inf))
+    measurement = Measurement(None, "outside_image", points=nowhere)
+    content = json.loads(json.dumps(measurement.to_json()), parse_constant=fail)
+    assert content["points"] == [[None, 4.0], [None, None]]
+    (x, y), (u, v) = Measurement.from_json(content).points
+    assert y == 4.0 and all(map(math.isnan, (x, u, v)))
+    query = Query("", points=(DepthPoint(math.nan, 4.0, 1.5),), id="0", task="depth")
+    record = record_of(Prediction("", SIZE, "0", "a", measurement=measurement), query)
+    restored, asked = read_record(json.loads(json.dumps(record), parse_constant=fail))
+    assert math.isnan(asked.points[0].x) and (asked.points[0].y, asked.points[0].metres) == (4.0, 1.5)
+    assert restored.measurement is not None and restored.measurement.reason == "outside_image"
+    assert score_records([record], "depth")["failed_outside_image"] == 1
+
+
+def test_predictions_files_are_plain_json(tmp_path):
+    """A point that is nowhere, and scores of buckets that nothing is in."""
+    dataset, path = small_dataset(), tmp_path / "out.json"
+    first = dataset.samples[0]
+    nowhere = replace(first.queries[0], points=(DepthPoint(math.nan, 2.0, 1.0),))
+    dataset.samples[0] = replace(first, queries=(nowhere, *first.queries[1:]))
+    report = evaluate(Guesser(TEXTS), dataset, path)  # type: ignore[arg-type]
+    content = json.loads(path.read_text(), parse_constant=fail)
+    assert math.isnan(report["scores"]["delta1_10m_up"]) and content["scores"]["delta1_10m_up"] is None
+    assert content["predictions"][0]["measurement"]["points"] == [[None, 2.0]]
+    again = score_file(path)["scores"]
+    assert again == {name: pytest.approx(value, nan_ok=True) for name, value in report["scores"].items()}
+    assert again["failed_bad_camera"] == 1, "a depth of no point cannot be converted"
+
+
+def test_chances_are_kept_to_four_digits():
+    query = Query("", points=(DepthPoint(3.0, 4.0, 1.5),), id="0", task="depth")
+    records = [
+        record_of(Prediction("", SIZE, "0", "a", score=score, measurement=Measurement(1.0)), query)
+        for score in (0.712341, 0.712342)
+    ]
+    assert records[0] == records[1] and records[0]["score"] == 0.7123
+    masked = Query("a dog", masks=(), id="0")
+    assert record_of(Prediction("a dog", SIZE, "0", "a", score=0.712341), masked)["score"] == 0.712341
+
+
+def test_the_scale_is_written_where_there_is_one():
+    assert "scale" not in Measurement(1.0).to_json() and Measurement.from_json(Measurement(1.0).to_json()).scale == 1
+    shrunk = Measurement(1.0, scale=0.75)
+    assert shrunk.to_json()["scale"] == 0.75 and Measurement.from_json(shrunk.to_json()) == shrunk

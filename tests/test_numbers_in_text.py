@@ -6,10 +6,11 @@ import time
 
 import pytest
 from golden_files import golden_files, read_golden
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mmseg_llm.amounts import find_amounts
+from mmseg_llm.answer_words import HARMLESS
 from mmseg_llm.numbers_in_text import Reading, read_metres, read_official, read_quantity
 from mmseg_llm.quantities import REASONS
 
@@ -57,6 +58,7 @@ REFUSED = {
             "<answer> unknown </answer>",
         ),
         THOUGHT.format(5.5) + "<answer> unknown </answer>",
+        *("It is 2\u00bd m away", "\u06632 m"),
     ],
     "several_numbers": [
         *(
@@ -74,14 +76,44 @@ REFUSED = {
             "4 to 5 m",
         ),
         *("It is 2 m wide and 3 m away.", "at 1024, 512", "around 2 m or around 3 m"),
+        *(
+            "1'234 m",
+            "10^3 m",
+            "1.5 times 2 m",
+            "5 minus 2 m",
+            "2 m 50",
+            "2. 5 m",
+            "2\u200b3 m",
+            "<answer>5'6\"</answer>",
+        ),
     ],
     "ambiguous": [
         *("<answer> 1.2.3 </answer>", "<answer> 1.234,5 </answer>", "about 12,34 m"),
         *("<answer> 2nd </answer>", "<answer> 1_000 </answer>"),
+        *(
+            f"<answer>{text}</answer>"
+            for text in ("not 2.0", "<2", "> 2", "at least 2", "up to 2", "to 2", "two 2", "--2")
+        ),
+        *(
+            f"<answer>{text}</answer>"
+            for text in ("2.5k", "2 m or more", "2 m and a half", "2 m m", "2 m squirrels", "cm: 2")
+        ),
+        *(
+            "It is not 2 m",
+            "isn't around 2 m",
+            "at least 2 m",
+            "<2 m",
+            ">= 2 m",
+            "farther than 2 m",
+            "$2 m",
+            "within 2 m",
+        ),
+        *("2 thousand 500 meters", "2x10^3 m", "half of 2 m", "minus about 2 m", "2 m or less", "2 meters and a half"),
     ],
     "non_positive": [
         *("<answer> -0.01 m </answer>", "<answer> - 2 </answer>", "<answer>\u22122</answer>"),
-        *("-2 meters", "0.00 m", "1e-999 m"),
+        *("-2 meters", "0.00 m", "1e-999 m", "minus 2 m", "-   2 m", "negative 2 meters", "\u20132 m"),
+        *("<answer> minus 2 </answer>", "<answer>-   2</answer>", "<answer>Negative 2.5 m</answer>"),
     ],
     "non_finite": [
         *(
@@ -92,10 +124,30 @@ REFUSED = {
         ),
         "\u221e m",
     ],
-    "no_unit": ["3.3", "The distance is 3.3.", "2.42 </answer>", "3.3 away"],
+    "no_unit": [
+        "3.3",
+        "The distance is 3.3.",
+        "2.42 </answer>",
+        "3.3 away",
+        "2 square meters",
+        "2 million m",
+        "2 kilo meters",
+    ],
     "other_unit": [
         *("250 cm", "3 m/s", "2 km", "<answer> 8 feet </answer>", "<answer> 3 s </answer>"),
-        *("<answer> 2 m2 </answer>", "<answer>50%</answer>"),
+        *("<answer> 2 m2 </answer>", "<answer>50%</answer>", "2 meters squared"),
+        *(
+            f"<answer>{text}</answer>"
+            for text in ("2 thousand", "2 million", "2 hundred meters", "2.5 k", "2 kilo meters")
+        ),
+        *(
+            f"<answer>{text}</answer>"
+            for text in ("2 centi meters", "2 in", "2'", '6"', "2 lightyears", "2 apples", "2+")
+        ),
+        *(
+            f"<answer>{text}</answer>"
+            for text in ("2 square meters", "$2", "-$2", "2 (feet)", "2 point five", "2 \u00bd")
+        ),
     ],
     "truncated": [
         *("<think> The point is around", "<think> The point is around 1.2"),
@@ -129,10 +181,70 @@ def test_largest():
         ("<answer> 1,234,567 </answer>", 1234567.0),
         ("1e1 m", 10.0),
         (THOUGHT.format("4.00") + "\n\n<answer>", 4.0),
+        ("<answer>2.0</answer><answer>5</answer>", 2.0),
+        ("<answer>The distance is 2.4 meters.", 2.4),
+        ("<answer>2.5</ans", 2.5),
+        ("<think>2 m</think>", 2.0),
+        ("=> 2 m", 2.0),
+        ("The table is over 2 m wide. The point is around 3.1 m away.", 3.1),
     ],
 )
 def test_what_is_read(text, value):
     assert read_metres(text) == Reading(value)
+
+
+AROUND = [
+    *(
+        "{}",
+        "{} m",
+        "{} meters.",
+        "**{}**",
+        "**{}** meters",
+        '"{}"',
+        "\u201c{}\u201d",
+        "`{}`",
+        "<b>{}</b>",
+        "({})",
+        "[{}]",
+    ),
+    *(
+        "$\\boxed{{{}}}$",
+        "$ {} \\text{{ m}}$",
+        "\\({}\\)",
+        "{}\\,m",
+        "\\approx {}",
+        '{{"distance": {}}}',
+        "{}!",
+        "+   {}",
+    ),
+    *(
+        "{} (meters)",
+        "{} [m]",
+        "in meters: {}",
+        "approx. {}",
+        "~{} m",
+        "= {}",
+        "d = {}m",
+        "{} away",
+        "so, it's about {}",
+    ),
+    *("Final answer: {} m", "The point's distance to the camera is {}", "{} m in front of the camera", "\n{}\n"),
+    "The point is around {} meters away from the camera.",
+]
+
+
+@pytest.mark.parametrize("words", AROUND)
+def test_what_may_stand_around_the_number_of_a_tag(words):
+    inside = words.format("2.40")
+    assert read_metres(f"<answer>{inside}</answer>") == read_metres(f"<answer>{inside}<|im_end|>") == Reading(2.4)
+
+
+@given(st.sampled_from(AROUND), st.text("abcdefghijklmnopqrstuvwxyz", min_size=4, max_size=9), st.booleans())
+def test_unknown_words_in_a_tag_are_refused(words, word, is_behind):
+    assume(word not in HARMLESS | {"minus", "negative", "infinity"} and find_amounts(f"2 {word}")[0].kind == "")
+    inside = words.format("2.40")
+    text = f"{inside} {word}" if is_behind else f"{word} {inside}"
+    assert read_metres(f"<answer>{text}</answer>").reason in {"other_unit", "ambiguous"}
 
 
 @pytest.mark.parametrize(
@@ -166,6 +278,9 @@ def test_seconds_and_speeds():
     assert read_quantity("<answer> 2 seconds </answer>", "s") == Reading(2.0)
     assert read_quantity("<answer> 2 m </answer>", "s") == Reading(None, "other_unit")
     assert read_quantity("6 m away, 2 s", "s") == Reading(2.0)
+    assert read_quantity("<answer>in seconds: 2</answer>", "s") == Reading(2.0)
+    assert read_quantity("<answer>in meters: 2</answer>", "s") == Reading(None, "ambiguous")
+    assert read_quantity("<answer>The speed is 2 meters per second.</answer>", "m/s") == Reading(2.0)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +314,9 @@ def test_written_answers_read_back(number):
 
 
 tags = ["<answer>", "</answer>", "<think>", "</think>"]
-pieces = st.sampled_from([*tags, *"-e3./% \n", "around ", "2.42", "1,", " m", " cm", "nan", "to"])
+pieces = st.sampled_from(
+    [*tags, *"-e3./% \n$<'\"", "around ", "2.42", "1,", " m", " cm", "nan", "to", "minus ", "not "]
+)
 
 
 @settings(max_examples=300)
@@ -228,6 +345,8 @@ def test_long_texts_take_no_time():
         "<answer>" * 3000,
         "answer" * 3000,
         "1 m, around 2 m, " * 1500,
+        *(f"<answer>{piece * 5000}</answer>" for piece in ("<a", "'", '$"', "a ", "- ", "\\text{", "not ")),
+        *("-" + " " * 20000, "minus " * 4000, "<answer>2" + " " * 20000 + "m", "not " * 5000 + "2 m"),
     ]
     started = time.perf_counter()
     for text in texts:

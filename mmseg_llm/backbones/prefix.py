@@ -7,6 +7,7 @@ tokens, L prefix tokens, T image tokens, D width.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,18 +108,22 @@ class Prefix:
             self.cache.crop(-surplus)
         self.visibility, self.positions, self.next_position = mark.visibility, mark.positions, mark.next_position
 
-    def fork(self, rows: torch.Tensor) -> Prefix:
-        """An independent copy of some rows, in the order (and multiplicity) of `rows`; this prefix stays as it is."""
-        from copy import deepcopy
+    def fork(self, rows: torch.Tensor, *, is_light: bool = False) -> Prefix:
+        """An independent copy of some rows, in the order (and multiplicity) of `rows`; this prefix stays as it is.
 
-        cache = deepcopy(self.cache)
+        Args:
+            rows: to copy.
+            is_light: leave out what only heads that read features and states of the prefix need; `states` then holds one token.
+        """
+        cache = copy(self.cache)
+        cache.layers = [copy(layer) for layer in self.cache.layers]  # selecting gives them new tensors
         cache.batch_select_indices(rows)
         return Prefix(
             cache=cache,
             visibility=self.visibility.select(rows),
             positions=self.positions[rows],
             next_position=self.next_position[rows],
-            states=self.states[rows],
+            states=self.states[:, -1:][rows] if is_light else self.states[rows],
             image_positions=self.image_positions[rows],
-            features=self.features.select(rows),
+            features=self.features if is_light else self.features.select(rows),
         )

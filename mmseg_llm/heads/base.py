@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from mmseg_llm.structures import Batch, Example, Prediction, Sample
 
 
+class NoExampleError(ValueError):
+    """A sample that a head can learn nothing from; loaders say so and take another one."""
+
+
 class Head(nn.Module):
     """One way of perceiving.
 

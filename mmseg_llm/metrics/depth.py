@@ -15,9 +15,10 @@ from torchmetrics import Metric
 from mmseg_llm.metrics.depth_scores import ROW, WORDS, describe_depth, labelled_value, score_points, unique_points
 from mmseg_llm.metrics.referring import stable_key
 from mmseg_llm.numbers_in_text import read_official
-from mmseg_llm.quantities import REASONS, Measurement
+from mmseg_llm.quantities import REASONS, DepthPoint, Measurement
 
 if TYPE_CHECKING:
+    from mmseg_llm.cameras import Camera
     from mmseg_llm.structures import Prediction, Query
 
 
@@ -92,13 +93,12 @@ def point_row(prediction: Prediction, query: Query) -> np.ndarray:
         )
     found = prediction.measurement or Measurement(None, "no_answer", task=query.task)
     value, reason = _checked(found, name)
-    official = read_official(prediction.text) if prediction.text else found.value
-    given = found.distance
-    wanted = "unspecified" if found.camera is None else found.camera.distance
+    official = _official(prediction.text, found)
     is_depth = query.task == "depth"
     if value is not None and is_depth and found.camera is not None and query.points:
-        point = np.array((query.points[0].x, query.points[0].y), np.float64)
-        value = float(found.camera.convert(value, point, given, wanted))
+        value = _converted(value, query.points[0], found, found.camera)
+        reason = "bad_camera" if value is None else ""
+    wanted = "unspecified" if found.camera is None else found.camera.distance
     task = query.task.encode()
     assert len(task) <= ROW["task"].itemsize, query.task
     row = np.zeros((), ROW)
@@ -107,8 +107,23 @@ def point_row(prediction: Prediction, query: Query) -> np.ndarray:
     row["task"], row["label"], row["reason"] = task, label, reason.encode()
     row["value"], row["official"] = (np.nan if number is None else number for number in (value, official))
     row["is_snapped"] = found.is_snapped
-    row["is_unspecified"] = is_depth and value is not None and "unspecified" in (given, wanted)
+    row["is_unspecified"] = is_depth and value is not None and "unspecified" in (found.distance, wanted)
     return row
+
+
+def _official(text: str, found: Measurement) -> float | None:
+    """What the reference evaluation reads, at the scale of the answer; the value where there is no text."""
+    if not text:
+        return found.value
+    number = read_official(text)
+    return None if number is None else number * found.scale
+
+
+def _converted(value: float, point: DepthPoint, found: Measurement, camera: Camera) -> float | None:
+    """A depth along what the label is measured along, None where the camera gives no positive number for it."""
+    with np.errstate(all="ignore"):
+        converted = float(camera.convert(value, np.array((point.x, point.y)), found.distance, camera.distance))
+    return converted if math.isfinite(converted) and converted > 0 else None
 
 
 def _checked(found: Measurement, name: str) -> tuple[float | None, str]:

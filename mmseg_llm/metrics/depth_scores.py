@@ -44,7 +44,8 @@ def describe_depth() -> str:
         "wrong in every delta and left out of AbsRel, SqRel, RMSE, log_RMSE (natural), SILog = 100 sqrt(var(ln p/g)) and "
         "median_scale = median p/g; a depth is converted to what its label is measured along (planar or ray) where both are "
         "known; delta1_low, delta1_high: 95 % bootstrap over images; delta1_official as the reference evaluation: its reading "
-        "of the text, nothing converted, signs not checked; constant_delta1: the best constant answer in hindsight"
+        "of the text (times the scale of a picture that had to be shrunk), nothing converted, signs not checked; "
+        "constant_delta1: the best constant answer in hindsight"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmseg_llm.backbones.collate import collate
 from mmseg_llm.data.base import SampleDataset
+from mmseg_llm.heads.base import NoExampleError
 from mmseg_llm.structures import Batch, Example, Sample
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from mmseg_llm.training.module import PerceptionModule
 
 Draw = tuple[int, int]
+MAX_FURTHER = 100  # samples that are tried in place of one that cannot be learnt from
 
 
 class EpochSampler(Sampler[Draw]):
@@ -60,8 +63,18 @@ class _Rendered(Dataset[Example]):
 
     def __getitem__(self, draw: Draw) -> Example:
         index, epoch = draw
-        rng = np.random.default_rng([self.seed, epoch, index])
-        return self.head.build(self.dataset[index], self.codec, rng)
+        reason = ""
+        for further in range(MAX_FURTHER):
+            rng = np.random.default_rng([self.seed, epoch, index] + [further] * (further > 0))
+            try:
+                return self.head.build(self.dataset[index], self.codec, rng)
+            except NoExampleError as error:
+                reason = str(error)
+                warnings.warn(f"another sample is taken: {reason}", stacklevel=2)
+                index = int(rng.integers(len(self.dataset)))
+        raise ValueError(
+            f"{MAX_FURTHER} samples of {self.dataset.name} in a row cannot be learnt from; the last: {reason}"
+        )
 
 
 class _Collate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -115,6 +116,39 @@ def test_conventions_are_converted_in_the_clean_column_only():
     far = pair(0, 0, 3.0, 3.0 / 1.249 / stretch, "<answer> 3.00 </answer>", distance="ray", camera=CAMERA)
     found = scores([far])
     assert (found["delta1"], found["delta1_official"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("distortion", [(-5.0, 0.0, 0.0, 0.0), (1e300, 0.0, 0.0, 0.0)], ids=["folded", "huge"])
+def test_a_camera_that_converts_to_nothing_is_a_failure(distortion):
+    camera = replace(CAMERA, distortion=distortion)
+    text = "<answer> 3.00 </answer>"
+    bad, good = pair(0, 0, 3.0, 3.0, text, distance="ray", camera=camera), pair(0, 1, 3.0, 3.0, text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scores([bad, good])
+    assert (found["num_points"], found["num_answered"], found["failed_bad_camera"]) == (2, 1, 1)
+    assert found["delta1"] == 0.5 and found["delta1_official"] == 1.0, "what is read from the text needs no camera"
+    assert all(math.isfinite(found[name]) for name in ("AbsRel", "RMSE", "SILog", "median_scale"))
+    assert "failed_" not in found and found["num_unspecified"] == 1
+
+
+def test_the_official_column_follows_the_scale_of_the_picture():
+    """A picture at half the unified focal length: the text says twice the metres."""
+    shrunk = pair(0, 0, 3.0, 3.0, "<answer> 6.00 </answer>", scale=0.5)
+    found = scores([shrunk])
+    assert (found["delta1"], found["delta1_official"]) == (1.0, 1.0)
+    assert point_row(*shrunk)["official"] == 3.0
+    unread = pair(0, 0, 3.0, 3.0, "<answer>6.00</answer>", scale=0.5)
+    assert scores([unread])["delta1_official"] == 0.0
+    assert point_row(*pair(0, 0, 3.0, 3.0, scale=0.5))["official"] == 3.0, (
+        "without text the value, which is scaled already"
+    )
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_every_reason_is_counted(reason):
+    found = scores([pair(0, 0, None, 3.0, reason=reason)])
+    assert found[f"failed_{reason}"] == 1 and found["num_answered"] == 0
 
 
 def test_other_tasks_are_not_converted():

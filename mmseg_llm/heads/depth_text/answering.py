@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmseg_llm.cameras import Camera
 from mmseg_llm.heads.depth_text.asking import Asked, Said, ask
 from mmseg_llm.heads.depth_text.grammar import NumberGrammar
 from mmseg_llm.heads.depth_text.references import Referred
@@ -27,13 +27,17 @@ if TYPE_CHECKING:
     from mmseg_llm.heads.depth_text.views import View
 
 
+CLOSING = "</answer>"
+
+
 @dataclass(frozen=True)
 class Job:
-    """A question about a sample, seen through a view."""
+    """A question about a sample, seen through a view; or why the sample cannot be seen."""
 
     sample: Sample
     index: int
-    view: View
+    camera: Camera
+    view: View | str
     grammar: NumberGrammar
 
     @property
@@ -86,11 +90,15 @@ def answer_jobs(head: DepthTextHead, backbone: Backbone, jobs: Iterable[Job], *,
 def _prepare(head: DepthTextHead, codec: Codec, job: Job, is_forced: bool) -> _Ready:
     """Words and picture of a question."""
     query, view = job.query, job.view
+    if isinstance(view, str):
+        return _Ready(job, Referred(reason=view))
     height, width = job.sample.size
     points = job.points
     is_inside = (points >= -0.5) & (points < np.array([width, height]) - 0.5)
     if not is_inside.all():  # nan, too, lies nowhere
         return _Ready(job, Referred(reason="outside_image"))
+    if view.camera.distortion and not view.shows(view.locate(points)).all():
+        return _Ready(job, Referred(reason="cut_away"))
     referred = head.reference.refer(view, points, head.prompts) if len(points) else Referred()
     if referred.reason:
         return _Ready(job, referred)
@@ -104,20 +112,15 @@ def _prepare(head: DepthTextHead, codec: Codec, job: Job, is_forced: bool) -> _R
 def _groups(head: DepthTextHead, codec: Codec, ready: Iterable[_Ready]) -> Iterator[list[_Ready]]:
     """Questions whose pictures fit into memory together."""
     group: list[_Ready] = []
-    used = 0
-    for _, same in groupby(ready, key=lambda item: id(item.canvas)):
-        items = list(same)
-        canvas = items[0].canvas
-        size = (
-            0
-            if canvas is None or items[0].asked is None
-            else (codec.geometry.num_tokens(canvas.size) + len(items[0].asked.ids) + head.max_new_tokens)
-        )
-        if group and used + size > head.max_cached:
-            yield group
-            group, used = [], 0
-        group += items
-        used += size
+    used, latest = 0, None
+    for item in ready:
+        if item.canvas is not None and item.asked is not None and item.canvas is not latest:
+            size = codec.geometry.num_tokens(item.canvas.size) + len(item.asked.ids) + head.max_new_tokens
+            if group and used + size > head.max_cached:
+                yield group
+                group, used = [], 0
+            latest, used = item.canvas, used + size
+        group.append(item)
     if group:
         yield group
 
@@ -125,25 +128,26 @@ def _groups(head: DepthTextHead, codec: Codec, ready: Iterable[_Ready]) -> Itera
 def _finish(head: DepthTextHead, codec: Codec, item: _Ready, said: Said | None, is_forced: bool) -> Prediction:
     """An answer as a prediction."""
     job, referred = item.job, item.referred
-    query, view, points = job.query, job.view, job.points
+    query = job.query
     kind = QUESTIONS[query.task]
     text, reading = "", Reading(None, referred.reason)
     if said is not None:
         text = _text(head, codec, job, said) if is_forced else codec.decode(said.ids)
         reading = read_quantity(text, kind.unit)  # type: ignore[arg-type]
-        if reading.value is None and not said.is_whole:
+        if not said.is_whole and (reading.value is None or CLOSING not in text):  # more digits might have followed
             reading = Reading(None, "truncated")
-    if referred.moved is not None:
-        points = view.picture.to_original(referred.moved)
+    points = job.points if referred.moved is None else referred.moved
+    ratio = 1.0 if isinstance(job.view, str) else job.view.ratio
     measurement = Measurement(
-        value=None if reading.value is None else reading.value * view.ratio,
+        value=None if reading.value is None else reading.value * ratio,
         reason=reading.reason,
         points=tuple((float(x), float(y)) for x, y in points),
         task=query.task,
         unit=kind.unit,
         distance=head.distance if query.task == "depth" else "unspecified",
-        camera=view.camera,
+        camera=job.camera,
         is_snapped=referred.moved is not None,
+        scale=ratio,
     )
     return Prediction(
         query=query.text,

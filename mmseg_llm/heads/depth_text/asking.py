@@ -75,7 +75,7 @@ def ask(
     found: list[list[Said]] = [[] for _ in questions]
     for first in range(0, len(shares), at_once):
         part = shares[first : first + at_once]
-        copy = prefix.fork(torch.tensor([row for row, _ in part], device=prefix.states.device))
+        copy = prefix.fork(torch.tensor([row for row, _ in part], device=prefix.states.device), is_light=True)
         asked = [questions[row][at : at + width] for row, at in part]
         for (row, _), said in zip(part, _generate(backbone, copy, asked, start, max_new_tokens), strict=True):
             found[row] += said

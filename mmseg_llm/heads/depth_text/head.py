@@ -15,13 +15,13 @@ import torch
 from mmseg_llm.backbones.codec import IGNORE_INDEX, Codec
 from mmseg_llm.backbones.digits import digit_parts
 from mmseg_llm.cameras import Distance, assume_camera
-from mmseg_llm.heads.base import Head, check_choices
+from mmseg_llm.heads.base import Head, NoExampleError, check_choices
 from mmseg_llm.heads.depth_text.answering import Job, answer_jobs
 from mmseg_llm.heads.depth_text.grammar import NumberGrammar, encode_parts
 from mmseg_llm.heads.depth_text.marker import SIZE
 from mmseg_llm.heads.depth_text.prompts import DepthPrompts
 from mmseg_llm.heads.depth_text.references import MarkerReference, OnBorder, Referred, TextReference
-from mmseg_llm.heads.depth_text.views import Augmentation, Geometry, Overflow, View, make_view
+from mmseg_llm.heads.depth_text.views import Augmentation, Geometry, Overflow, UnviewableError, View, make_view
 from mmseg_llm.heads.losses import answer_loss
 from mmseg_llm.questions import QUESTIONS
 from mmseg_llm.structures import Batch, Example, Prediction, Query, Sample, Suffix
@@ -75,7 +75,7 @@ class DepthTextHead(Head):
         max_questions: int = 10,
         forced: bool = True,
         max_new_tokens: int = 64,
-        max_cached: int = 65536,
+        max_cached: int = 32768,
     ) -> None:
         super().__init__()
         choices = {"reference": reference, "geometry": geometry, "overflow": overflow, "on_border": on_border}
@@ -95,10 +95,11 @@ class DepthTextHead(Head):
     def bind(self, backbone: Backbone) -> None:
         """Check that numbers can be written and that the longest answer fits the bound on its tokens."""
         number = "9" * self.prompts.digits + "." + "9" * self.prompts.decimals
-        answer = encode_parts(backbone.codec, self.prompts.answer("depth", [number]))
-        if len(answer) + 1 > self.max_new_tokens:
+        answers = (self.prompts.answer(task, [number] * len(self.prompts.pieces(task)[0])) for task in QUESTIONS)
+        longest = max(len(encode_parts(backbone.codec, answer)) for answer in answers) + 1
+        if longest > self.max_new_tokens:
             raise ValueError(
-                f"an answer takes {len(answer) + 1} tokens with this tokenizer; raise max_new_tokens from {self.max_new_tokens}"
+                f"the longest answer takes {longest} tokens with this tokenizer; raise max_new_tokens from {self.max_new_tokens}"
             )
 
     def describe(self, protocol: str) -> dict[str, Any]:
@@ -150,7 +151,8 @@ class DepthTextHead(Head):
         """Draw an augmentation and questions; with arrows there is one question, for another would need another picture.
 
         Raises:
-            ValueError: without intrinsics, or if no question of the sample can be asked and answered.
+            ValueError: without intrinsics.
+            NoExampleError: if no question of the sample can be asked and answered, or its picture does not fit the backbone.
         """
         if sample.camera is None:
             raise ValueError(
@@ -159,13 +161,17 @@ class DepthTextHead(Head):
             )
         image = sample.load_image()
         change = None if self.augmentation is None else self.augmentation.draw(rng, sample.source)
+        settings = (self.focal, codec.geometry, self.geometry, self.overflow)
         for attempt in (change, None):  # a crop that leaves no point is not made
-            view = make_view(image, sample.camera, self.focal, codec.geometry, self.geometry, self.overflow, attempt)
+            try:
+                view = make_view(image, sample.camera, *settings, attempt)
+            except UnviewableError as error:
+                raise NoExampleError(f"sample {sample.id} of {sample.source}: {error}") from error
             usable = [index for index, query in enumerate(sample.queries) if self._is_usable(query, view)]
             if usable:
                 break
         else:
-            raise ValueError(
+            raise NoExampleError(
                 f"no question of sample {sample.id} of {sample.source} can be asked and answered: points must lie in the "
                 f"image, and labels between {SMALLEST} and {self.prompts.largest:g}"
             )
@@ -232,13 +238,13 @@ class DepthTextHead(Head):
 
     @torch.no_grad()
     def predict(self, backbone: Backbone, samples: Sequence[Sample], protocol: str = "generate") -> list[Prediction]:
-        """A number per query, in the order of the queries; None with a reason where there is none.
+        """A number per query, in the order of the queries; None with a reason (`quantities.REASONS`) where there is none.
 
         Protocols: `generate` decodes numbers only (`forced`); `official` decodes whole answers as the reference does. Samples
         without intrinsics get assumed ones, which the measurement says.
 
         Raises:
-            ValueError: for queries of other heads, or a picture that does not fit the backbone (`overflow`).
+            ValueError: for queries of other heads.
         """
         self.check_protocol(protocol)
         return answer_jobs(
@@ -250,12 +256,17 @@ class DepthTextHead(Head):
         grammars: dict[str, NumberGrammar] = {}
         for sample in samples:
             camera = sample.camera or assume_camera(sample.size)
-            view = make_view(sample.load_image(), camera, self.focal, codec.geometry, self.geometry, self.overflow)
+            settings = (self.focal, codec.geometry, self.geometry, self.overflow)
+            view: View | str
+            try:
+                view = make_view(sample.load_image(), camera, *settings)
+            except UnviewableError as error:
+                view = error.reason
             for index, query in enumerate(sample.queries):
                 self._check(query)
                 if query.task not in grammars:
                     grammars[query.task] = NumberGrammar(codec, self.prompts.pieces(query.task)[0][1:], self.prompts)
-                yield Job(sample, index, view, grammars[query.task])
+                yield Job(sample, index, camera, view, grammars[query.task])
 
 
 def _points(query: Query) -> np.ndarray:

@@ -41,6 +41,19 @@ def draw_marker(
     return Image.fromarray(pixels)
 
 
+def draw_markers(
+    image: Image.Image, points: np.ndarray, size: int = SIZE, colours: tuple[tuple[int, int, int], ...] = (RED, BLUE)
+) -> Image.Image:
+    """A copy with an arrow per pixel `(P, 2)`, each in its colour; no arrow covers what another one points at."""
+    drawn = image
+    for point, colour in zip(points.tolist(), colours, strict=False):
+        drawn = draw_marker(drawn, (point[0], point[1]), size, colour)
+    pixels = np.array(drawn)
+    columns, rows = points.T
+    pixels[rows, columns] = np.asarray(image)[rows, columns]
+    return Image.fromarray(pixels)
+
+
 def fits(size: Size, points: np.ndarray, marker: int = SIZE) -> np.ndarray:
     """Whether arrows can be drawn at pixels `(..., 2)` of an image `(H, W)`; bool `(...)` (specification A.3)."""
     x, y = points[..., 0], points[..., 1]

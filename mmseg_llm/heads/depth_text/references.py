@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mmseg_llm.heads.depth_text.marker import BLUE, RED, SIZE, draw_marker, fits, snap
+from mmseg_llm.heads.depth_text.marker import SIZE, draw_markers, fits, snap
 from mmseg_llm.heads.depth_text.prompts import ARROWS, DepthPrompts
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Referred:
     Attributes:
         words: of each point.
         image: the picture with arrows; None where it stays as it is.
-        moved: `(x, y)` pixels of the picture that arrows point at instead, where one had to be moved.
+        moved: `(x, y)` of the original that arrows point at instead, where one had to be moved; the others as they were.
         reason: why the question cannot be asked; empty where it can.
     """
 
@@ -65,7 +65,7 @@ class MarkerReference:
         """
         pixels = view.locate(points)
         moved = None
-        if not self.can(view, pixels).all():
+        if not (drawable := self.can(view, pixels)).all():
             if self.on_border == "error":
                 raise ValueError(
                     f"no arrow of {self.size} pixels can be drawn at {pixels.tolist()} in a picture of {view.inner} (H, W); "
@@ -73,10 +73,12 @@ class MarkerReference:
                 )
             if self.on_border == "skip" or min(view.inner) <= 2 * self.size:
                 return Referred(reason="undrawable")
-            pixels = moved = snap(view.inner, pixels, self.size)
-        image = view.picture.image
-        for pixel, colour in zip(pixels, (RED, BLUE), strict=False):
-            image = draw_marker(image, (int(pixel[0]), int(pixel[1])), self.size, colour)
+            snapped = snap(view.inner, pixels, self.size)
+            if len(np.unique(snapped, axis=0)) < len(np.unique(pixels, axis=0)):
+                return Referred(reason="undrawable")  # two points would become one
+            moved = np.where(drawable[:, None], points, view.back(snapped))
+            pixels = snapped
+        image = draw_markers(view.picture.image, pixels, self.size)
         names = ARROWS if prompts.wording == "full" else ("the red arrow", "the blue arrow")
         return Referred(names[: len(pixels)], image, moved)
 

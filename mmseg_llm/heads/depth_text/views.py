@@ -1,14 +1,15 @@
 """What the model sees of a photograph: all pictures as if taken with one focal length (DepthLM, specification section B).
 
-`clean` geometry scales each axis to the unified focal length exactly and pads to whole tokens, so nothing is resampled twice and
-points keep their subpixel place. `legacy` is the arithmetic of the released weights: both axes by fx, sizes and points truncated,
-then stretched to the processor's size after markers were drawn.
+`clean` geometry scales each axis to the unified focal length, up to whole pixels, and pads to whole tokens, so nothing is
+resampled twice and points keep their subpixel place. `legacy` is the arithmetic of the released weights: both axes by fx, sizes
+and points truncated, then stretched to the processor's size after markers were drawn.
 
 Legend: H W pixels of the original, h w of the unified picture, N points.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -23,8 +24,18 @@ if TYPE_CHECKING:
     from mmseg_llm.backbones.image_geometry import ImageGeometry
     from mmseg_llm.masks import Size
 
+FAR = -(2.0**31)
+WIDEST = 170  # degrees; wider pictures are no pinhole's
 Geometry = Literal["clean", "legacy"]
 Overflow = Literal["error", "shrink"]
+
+
+class UnviewableError(ValueError):
+    """A photograph that cannot be seen at the unified focal length; `reason` is a key of `quantities.REASONS`."""
+
+    def __init__(self, sentence: str, reason: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,17 @@ class View:
     def locate(self, points: np.ndarray) -> np.ndarray:
         """Pixels of the picture, int64 `(N, 2)`, of original points `(N, 2)`; nothing is clipped."""
         if self.geometry == "clean":
-            return np.rint(self.place(points)).astype(np.int64)
+            return _whole(np.rint(self.place(points)))
         found = np.asarray(points, np.float64) * self.scale + self.picture.offset
-        return np.floor(found + 1e-9).astype(np.int64)  # a product that is a whole number must not fall below it
+        return _whole(np.floor(found + 1e-9))  # a product that is a whole number must not fall below it
+
+    def back(self, pixels: np.ndarray) -> np.ndarray:
+        """Original points float64 `(N, 2)` that `locate` puts on pixels `(N, 2)` of the picture."""
+        pixels = np.asarray(pixels, np.float64)
+        if self.geometry == "legacy":
+            return (pixels + 0.5 - self.picture.offset) / self.scale
+        points = self.picture.to_original(pixels)
+        return self.camera.project(self.camera.pinhole.rays(points)) if self.camera.distortion else points
 
     def shows(self, pixels: np.ndarray) -> np.ndarray:
         """Whether pixels `(N, 2)` of the picture show the photograph, bool `(N,)`."""
@@ -79,6 +98,29 @@ class View:
         return shown if self.geometry == "clean" else _through(shown, target.canvas_size(shown.size))
 
 
+def _whole(pixels: np.ndarray) -> np.ndarray:
+    """As int64; what is no number, or far away, lies outside of every picture."""
+    return np.nan_to_num(pixels, nan=FAR, posinf=-FAR, neginf=FAR).clip(FAR, -FAR).astype(np.int64)
+
+
+def unified_size(size: Size, camera: Camera, focal: float, geometry: Geometry = "clean") -> Size:
+    """`(h, w)` of an image `(H, W)` at the unified focal length.
+
+    Raises:
+        UnviewableError: if nothing is left of it.
+    """
+    scale = (focal / camera.fx, focal / (camera.fx if geometry == "legacy" else camera.fy))
+    turn = int if geometry == "legacy" else round
+    unified = (turn(size[0] * scale[1]), turn(size[1] * scale[0]))
+    if min(unified) < 1:
+        raise UnviewableError(
+            f"at a focal length of {focal:g} pixels nothing is left of an image of {size} (H, W) taken with {camera.fx:g}; check "
+            "the intrinsics",
+            "bad_camera",
+        )
+    return unified
+
+
 def unify(image: Image.Image, camera: Camera, focal: float, geometry: Geometry = "clean") -> View:
     """Resize an RGB image so that its focal length is `focal` pixels; bicubic, anti-aliased (specification B.1, B.2).
 
@@ -87,16 +129,10 @@ def unify(image: Image.Image, camera: Camera, focal: float, geometry: Geometry =
     Raises:
         ValueError: if nothing is left of the image.
     """
+    scale = (focal / camera.fx, focal / (camera.fx if geometry == "legacy" else camera.fy))
+    height, width = unified_size((image.height, image.width), camera, focal, geometry)
     if geometry == "clean" and camera.distortion:
         image = undistort(image, camera)
-    scale = (focal / camera.fx, focal / (camera.fx if geometry == "legacy" else camera.fy))
-    turn = int if geometry == "legacy" else round
-    width, height = turn(image.width * scale[0]), turn(image.height * scale[1])
-    if min(width, height) < 1:
-        raise ValueError(
-            f"at a focal length of {focal:g} pixels nothing is left of an image of {image.size} (W, H) taken with "
-            f"{camera.fx:g}; check the intrinsics"
-        )
     return View(stretch(image, (height, width)), (height, width), camera, geometry, scale)
 
 
@@ -108,9 +144,8 @@ def undistort(image: Image.Image, camera: Camera) -> Image.Image:
     return Image.fromarray(cv2.undistort(np.asarray(image), matrix, np.array(camera.distortion)))
 
 
-def squeeze(view: View, factor: float) -> View:
-    """Divide the height of a unified picture, relative to its width, by a factor: noise of the intrinsics (specification B.6)."""
-    size = (max(1, int(view.inner[1] / factor)), view.inner[1])
+def squeeze(view: View, size: Size) -> View:
+    """Stretch a unified picture to `(h, w)` in height only: noise of the intrinsics (specification B.6)."""
     scale = (view.scale[0], view.scale[1] * size[0] / view.inner[0])
     return replace(view, picture=_through(view.picture, size), inner=size, scale=scale)
 
@@ -166,13 +201,19 @@ class Change:
     crop: Size | None = None
     factor: float | None = None
 
-    def __call__(self, view: View, ratio: float) -> View:
-        """The changed view; sizes are those at the unified focal length, of which this view has `ratio`."""
+    def size(self, size: Size, ratio: float) -> Size:
+        """`(h, w)` after the change of a picture `(h, w)` at this ratio of the unified focal length that crops are for."""
         if self.factor is not None:
-            return squeeze(view, self.factor)
+            return (max(1, int(size[1] / self.factor)), size[1])
         if self.crop is None:
-            return view
-        return central_crop(view, (max(1, int(self.crop[0] * ratio)), max(1, int(self.crop[1] * ratio))))
+            return size
+        return (min(size[0], max(1, int(self.crop[0] * ratio))), min(size[1], max(1, int(self.crop[1] * ratio))))
+
+    def __call__(self, view: View, ratio: float) -> View:
+        """The changed view."""
+        if self.factor is not None:
+            return squeeze(view, self.size(view.inner, ratio))
+        return view if self.crop is None else central_crop(view, self.size(view.inner, ratio))
 
 
 def make_view(
@@ -202,15 +243,24 @@ def make_view(
     if geometry == "legacy" and not target.is_dynamic:
         raise ValueError("legacy geometry stretches pictures, which needs a backbone that takes any size; use clean")
     change, ratio = change or Change(), 1.0
-    view = change(unify(image, camera, focal, geometry), ratio)
-    while (share := _room(view.inner, target)) < 1:
+    original = (image.height, image.width)
+    if max(original) / 2 / min(camera.fx, camera.fy) > math.tan(math.radians(WIDEST / 2)):
+        raise UnviewableError(
+            f"a focal length of {min(camera.fx, camera.fy):g} pixels in an image of {image.size} (W, H) is a field of view of "
+            f"more than {WIDEST} degrees; give intrinsics in pixels of this image",
+            "bad_camera",
+        )
+    # Sizes are known before anything is resized: a wrong focal length asks for a picture that no memory holds.
+    while (share := _room(change.size(unified_size(original, camera, focal * ratio, geometry), ratio), target)) < 1:
         if overflow == "error":
-            raise ValueError(
-                f"at a focal length of {focal:g} the picture has {view.inner} (H, W) pixels, more than the backbone takes; "
-                f"raise its bounds, set the head's focal to at most {int(focal * share)}, or set overflow to shrink"
+            size = unified_size(original, camera, focal, geometry)
+            raise UnviewableError(
+                f"at a focal length of {focal:g} the picture has {size} (H, W) pixels, more than the backbone takes; raise its "
+                f"bounds, set the head's focal to at most {int(focal * share)}, or set overflow to shrink",
+                "too_large",
             )
         ratio *= min(share, 0.999)  # sizes are whole numbers, so that a share alone might never be enough
-        view = replace(change(unify(image, camera, focal * ratio, geometry), ratio), ratio=ratio)
+    view = replace(change(unify(image, camera, focal * ratio, geometry), ratio), ratio=ratio)
     return replace(view, picture=_pad(view.picture, target)) if geometry == "clean" else view
 
 

@@ -92,7 +92,7 @@ def test_whatever_the_grammar_allows_is_a_number(decimals, digits, choice):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="raise prompts.digits"):
+    with pytest.raises(ValueError, match="raise prompts"):
         DepthPrompts(digits=2).write(99.996)
     assert DepthPrompts(digits=2).write(99.994) == "99.99"
     for value in (-1.0, float("nan"), float("inf")):

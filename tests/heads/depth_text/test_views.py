@@ -10,8 +10,8 @@ from PIL import Image
 
 from mmseg_llm.backbones.image_geometry import ImageGeometry
 from mmseg_llm.cameras import Camera
-from mmseg_llm.heads.depth_text.marker import draw_marker, fits, snap
-from mmseg_llm.heads.depth_text.views import Augmentation, Change, make_view, unify
+from mmseg_llm.heads.depth_text.marker import draw_marker, draw_markers, fits, snap
+from mmseg_llm.heads.depth_text.views import Augmentation, Change, UnviewableError, make_view, unified_size, unify
 
 LARGE = ImageGeometry((28, 28), 14, 2, min_pixels=28 * 28, max_pixels=2800 * 2800)
 FIXED = ImageGeometry((96, 96), 8, 2)
@@ -141,9 +141,60 @@ def test_distortion_is_undone():
     assert np.abs(plain - wanted).max() > 7
 
 
-def test_nothing_left_of_a_picture():
-    with pytest.raises(ValueError, match="nothing is left of an image"):
-        make_view(picture(20, 20), Camera(5000.0, 5000.0, 10.0, 10.0), 100.0, LARGE)
+@pytest.mark.parametrize("overflow", ["error", "shrink"])
+@pytest.mark.parametrize(
+    ("focal", "reason", "message"),
+    [
+        (5000.0, "bad_camera", "nothing is left of an image"),
+        (0.9, "bad_camera", "field of view of more than 170 degrees"),  # in units of the image's width
+        (2.0, "bad_camera", "field of view of more than 170 degrees"),
+    ],
+)
+def test_impossible_cameras(focal, reason, message, overflow):
+    """They are refused before a picture is made that no memory holds."""
+    with pytest.raises(UnviewableError, match=message) as found:
+        make_view(picture(60, 80), Camera(focal, focal, 40.0, 30.0), 30.0, FIXED, overflow=overflow)
+    assert found.value.reason == reason
+
+
+def test_a_huge_picture_is_never_made(monkeypatch):
+    """A wide but possible camera at a long focal length: 9000 x 12000 pixels, of which nothing is resized but the result."""
+    made = []
+    real = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a, **k: made.append(size) or real(self, size, *a, **k)
+    )
+    camera = Camera(10.0, 10.0, 40.0, 30.0)
+    assert unified_size((60, 80), camera, 1500.0) == (9000, 12000)
+    with pytest.raises(UnviewableError, match="more than the backbone takes") as found:
+        make_view(picture(60, 80), camera, 1500.0, FIXED)
+    assert found.value.reason == "too_large" and not made
+    view = make_view(picture(60, 80), camera, 1500.0, FIXED, overflow="shrink")
+    assert (len(made) == 1 and max(view.inner) == 96) or max(view.inner) == 95
+    advised = int(str(found.value).split("at most ")[1].split(",")[0])
+    assert make_view(picture(60, 80), camera, advised, FIXED).ratio == 1
+
+
+lenses = st.sampled_from([(), (-0.2, 0.05, 0.0, 0.0), (0.1, -0.02, 0.001, 0.0)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.floats(50, 200), st.floats(30, 200), st.sampled_from(["clean", "legacy"]), lenses)
+def test_back_is_the_inverse_of_locate(size, fx, focal, geometry, lens):
+    """What a pixel of the picture is reported as lies on that pixel again."""
+    camera = Camera(fx, fx, size[1] / 2, size[0] / 2, distortion=lens)
+    view = make_view(picture(*size), camera, focal, LARGE, geometry)
+    y, x = np.mgrid[: view.inner[0], : view.inner[1]]
+    pixels = np.stack((x.ravel(), y.ravel()), -1)
+    assert np.array_equal(view.locate(view.back(pixels)), pixels)
+
+
+def test_points_that_undistortion_cuts_away_are_not_shown():
+    """A strong barrel: the corners of the photograph lie outside of the picture; what has no ray lies nowhere."""
+    camera = Camera(60.0, 60.0, 40.0, 30.0, distortion=(-0.3, 0.02, 0.0, 0.0))
+    view = make_view(picture(60, 80), camera, 60.0, LARGE)
+    shown = view.shows(view.locate(np.array([[40.0, 30.0], [0.0, 0.0], [79.0, 59.0], [np.nan, 3.0]])))
+    assert shown.tolist() == [True, False, False, False]
 
 
 @settings(max_examples=60, deadline=None)
@@ -160,6 +211,15 @@ def test_markers_paint_beside_the_target(size, marker, data):
     assert not painted[moved[1], moved[0]] and painted[moved[1], moved[0] - 1]
     assert not painted[:, moved[0] + 1 :].any()
     assert not (np.asarray(plain) != 9).any()
+
+
+def test_no_arrow_covers_what_another_points_at():
+    plain = Image.new("RGB", (40, 40), (9, 9, 9))
+    points = np.array([[15, 20], [17, 20]])
+    pixels = np.asarray(draw_markers(plain, points))
+    assert (pixels[20, [15, 17]] == 9).all()
+    assert (pixels[20, 16] == (0, 0, 255)).all() and (pixels[20, 14] == (0, 0, 255)).all()
+    assert (pixels[20, 10] == (255, 0, 0)).all()
 
 
 def test_markers_refuse_the_border():
