@@ -128,7 +128,8 @@ def _run(entry: Callable[..., Any] | dict[str, Callable[..., Any]], words: list[
     from jsonargparse import auto_cli
 
     # `--query a --query b` is the natural way to repeat; jsonargparse appends with a plus
-    rest = [re.sub(r"^--(query|trajectories)(?=$|=)", r"--\1+", word) for word in words[1:]]
+    lists = "query|trajectories" + ("|points" if words[0] == "predict" else "")
+    rest = [re.sub(rf"^--({lists})(?=$|=)", r"--\1+", word) for word in words[1:]]
     auto_cli(entry, args=rest, as_positional=False, prog=f"mmseg-llm {words[0]}", exit_on_error=False)
 
 

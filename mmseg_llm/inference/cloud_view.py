@@ -16,8 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     from mmseg_llm.inference.point_clouds import PointCloud
 
-MOST_POINTS = 300_000
-"""On a page, about 6 MB; of larger clouds every so-many-th point is shown, and the page says so."""
+MOST_POINTS = 400_000
+"""On a page, about 10 MB; of larger clouds every so-many-th row and column of the map is shown, and the page says so."""
 TEMPLATE = "cloud_view.html"
 
 
@@ -26,7 +26,7 @@ def page(cloud: PointCloud, most_points: int = MOST_POINTS) -> str:
 
     Args:
         cloud: with at least one point.
-        most_points: of larger clouds only so many are shown, evenly chosen.
+        most_points: of larger clouds no more than so many are shown, evenly chosen.
 
     Raises:
         ValueError: without points.
@@ -38,16 +38,19 @@ def page(cloud: PointCloud, most_points: int = MOST_POINTS) -> str:
         raise ValueError(
             f"the cloud has no points to look at ({describe_failures(cloud.failures) or 'nothing was asked'})"
         )
-    chosen = np.linspace(0, len(cloud) - 1, min(len(cloud), most_points)).round().astype(np.int64)
+    chosen = _evenly(cloud, most_points)
     points, colours = cloud.points[chosen], cloud.colours[chosen]
     scale = Scale.of(points[:, 2])
+    count = f"{len(chosen):,} points" if len(chosen) == len(cloud) else f"{len(chosen):,} of {len(cloud):,} points"
     notes = [
-        f"{len(chosen):,} points" if len(chosen) == len(cloud) else f"{len(chosen):,} of {len(cloud):,} points",
+        f"{count}, {cloud.source}" if cloud.source else count,
         f"metres; measured {ALONG[cloud.distance]}",
         describe_camera(cloud.camera, cloud.size),
     ]
     if cloud.failures:
         notes.append(f"{sum(cloud.failures.values()):,} without an answer ({describe_failures(cloud.failures)})")
+    if cloud.num_unplaced:
+        notes.append(f"{cloud.num_unplaced:,} left out, as the camera sees no ray there")
     camera = cloud.camera
     content = {
         "count": len(points),
@@ -68,6 +71,22 @@ def page(cloud: PointCloud, most_points: int = MOST_POINTS) -> str:
         .replace("@NOTES@", lines)
         .replace("@CONTENT@", json.dumps(content, indent=None))
     )
+
+
+def _evenly(cloud: PointCloud, most_points: int) -> np.ndarray:
+    """Indices `(K,)` of at most so many points: of every so-many-th row and column of the map, so that no pattern shows.
+
+    Points that do not say where in a map they are, or are in few of its rows, get chosen by chance, always the same ones.
+    """
+    if len(cloud) <= most_points:
+        return np.arange(len(cloud))
+    if cloud.cells is not None:
+        step = 1
+        while len(chosen := np.flatnonzero((cloud.cells % step == step // 2).all(axis=-1))) > most_points:
+            step += 1
+        if len(chosen) > most_points / 8:
+            return chosen
+    return np.sort(np.random.default_rng(0).choice(len(cloud), most_points, replace=False))
 
 
 def _packed(array: np.ndarray) -> str:

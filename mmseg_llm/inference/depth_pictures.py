@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mmseg_llm.inference.depth_maps import MAX_PIXELS, within
 from mmseg_llm.inference.depth_queries import ALONG, describe_camera, describe_failures
-from mmseg_llm.inference.visualize import _INK, _MUTED, _PAPER, _enlargement, _shorten, _with_legend
+from mmseg_llm.inference.visualize import _INK, _MUTED, _PAPER, _enlargement, _with_legend
 
 if TYPE_CHECKING:
     from mmseg_llm.inference.depth_maps import DepthMap
@@ -83,7 +84,9 @@ def colour_table() -> np.ndarray:
 
 
 def draw_depth(depth: DepthMap, image: Image.Image | None = None, alpha: float = 1.0) -> Image.Image:
-    """The colours of a map at the size of its image, or over the image in grey, above a legend.
+    """The colours of a map, or those over its image in grey, above a legend.
+
+    At the size of the image, small ones enlarged; those of more than `MAX_PIXELS` are drawn smaller, unless the map has more.
 
     Args:
         depth: of a grid or of every pixel.
@@ -96,7 +99,8 @@ def draw_depth(depth: DepthMap, image: Image.Image | None = None, alpha: float =
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; give an opacity between 0 and 1")
     scale = Scale.of(depth.metres)
-    height, width = (side * _enlargement(*depth.size) for side in depth.size)
+    shown = within(depth.size, max(MAX_PIXELS, depth.metres.size))
+    height, width = (side * _enlargement(*shown) for side in shown)
     rows, columns = (
         np.arange(pixels) * cells // pixels for pixels, cells in zip((height, width), depth.metres.shape, strict=True)
     )
@@ -108,10 +112,11 @@ def draw_depth(depth: DepthMap, image: Image.Image | None = None, alpha: float =
         mixed = (alpha * colours + (1 - alpha) * grey).round().astype(np.uint8)
         colours = np.where(np.isfinite(metres)[..., None], mixed, np.asarray(enlarged))
     missing = int((~depth.is_valid).sum())
-    about = [f"metres {ALONG[depth.distance]}", describe_camera(depth.camera, depth.size)]
+    made = f", {depth.source}" if depth.source else ""
+    about = [f"metres {ALONG[depth.distance]}{made}", describe_camera(depth.camera, depth.size)]
     if missing:
         reasons = describe_failures(depth.failures)
-        unit = "pixels" if depth.metres.shape == tuple(depth.size) else "points"
+        unit = "points" if depth.grid is None else "pixels"
         about.append(
             f"no depth at {missing} of {depth.metres.size} {unit}{f'; no answer: {reasons}' if reasons else ''}"
         )
@@ -125,11 +130,13 @@ def with_scale(picture: Image.Image, scale: Scale, about: Sequence[str], has_gap
     font = ImageFont.load_default(font_size)
     margin, bar = font_size, round(1.1 * font_size)
     line = round(1.5 * font_size)
-    height = 2 * margin + bar + line + round(0.4 * font_size) + line * len(about)
+    left, right, indent = 2 * margin, width - 2 * margin, round(1.6 * font_size)
+    blocks = [_wrapped(text, font, right - left - indent) for text in about]
+    height = 2 * margin + bar + line + round(0.4 * font_size) + line * sum(map(len, blocks))
     sheet = Image.new("RGB", (width, picture.height + height), _PAPER)
     sheet.paste(picture, (0, 0))
     pen = ImageDraw.Draw(sheet)
-    left, right, top = 2 * margin, width - 2 * margin, picture.height + margin
+    top = picture.height + margin
     ramp = colour_table()[np.linspace(0, 255, right - left).round().astype(np.int64)]
     sheet.paste(Image.fromarray(np.repeat(ramp[None], bar, axis=0)), (left, top))
     end = 0.0
@@ -142,13 +149,28 @@ def with_scale(picture: Image.Image, scale: Scale, about: Sequence[str], has_gap
         pen.text((x, top + bar + font_size // 2), text, _INK, font, anchor="ma")
         end = x + half + font_size / 2
     top += bar + line + round(0.4 * font_size)
-    for index, text in enumerate(about):
-        start, middle = left, top + line * index + line // 2
-        if has_gaps and index == len(about) - 1:
+    for index, block in enumerate(blocks):
+        is_legend = has_gaps and index == len(blocks) - 1
+        if is_legend:
+            middle = top + line // 2
             pen.rectangle((left, middle - font_size // 2, left + font_size, middle + font_size // 2), fill=NO_ANSWER)
-            start += round(1.6 * font_size)
-        pen.text((start, middle), _shorten(text, font, right - start), _MUTED, font, anchor="lm")
+        for number, text in enumerate(block):
+            start = left + (indent if is_legend or number else 0)
+            pen.text((start, top + line // 2), text, _MUTED, font, anchor="lm")
+            top += line
     return sheet
+
+
+def _wrapped(text: str, font: Any, width: float) -> list[str]:
+    """Lines of at most `width` pixels, broken between words; a word that is wider stands alone."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def draw_points(image: Image.Image, answers: Sequence[Prediction]) -> Image.Image:

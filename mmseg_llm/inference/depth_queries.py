@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,23 @@ ALONG: dict[Distance, str] = {
     "unspecified": "of unspecified kind",
 }
 """What metres are measured along, in words."""
+UPRIGHT = 1
+"""EXIF orientation of a photograph whose pixels are stored as they are looked at."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How depth is asked.
+
+    Attributes:
+        head: name of the depth head; the first one when None.
+        protocol: way of predicting; the head's first one when None.
+        distance: what the metres are measured along, for heads that do not say.
+    """
+
+    head: str | None = None
+    protocol: str | None = None
+    distance: Distance | None = None
 
 
 @dataclass(frozen=True)
@@ -39,11 +56,13 @@ class View:
         image: RGB, as its pixels are stored (EXIF rotation is not applied).
         camera: as given, or found; `camera.origin` says which.
         name: file name, or a number.
+        orientation: how its EXIF data want it turned (1 to 8); 1 as it is.
     """
 
     image: Image.Image
     camera: Camera
     name: str = "image_0"
+    orientation: int = UPRIGHT
 
     @property
     def size(self) -> Size:
@@ -66,13 +85,17 @@ def open_view(image: str | Path | Image.Image, camera: Camera | None = None, fov
 
     if camera is not None and fov is not None:
         raise ValueError(f"both a camera and a field of view of {fov} degrees are given; give one of them")
-    if camera is not None:  # entries of a numpy matrix are no floats that JSON knows
-        camera = replace(camera, fx=float(camera.fx), fy=float(camera.fy), cx=float(camera.cx), cy=float(camera.cy))
     loaded = load_image(image)
     if isinstance(image, Image.Image):
-        return View(loaded, find_camera(image, camera, fov))
+        return View(loaded, find_camera(image, camera, fov), orientation=_orientation(image))
     with Image.open(image) as handle:  # RGB pixels no longer carry the EXIF data
-        return View(loaded, find_camera(handle, camera, fov), Path(image).name)
+        return View(loaded, find_camera(handle, camera, fov), Path(image).name, _orientation(handle))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none or none that EXIF knows."""
+    found = image.getexif().get(0x0112, UPRIGHT)
+    return found if found in range(1, 9) else UPRIGHT
 
 
 def find_depth_head(model: PerceptionModel, name: str | None = None) -> str:
@@ -97,8 +120,7 @@ def ask_points(
     model: PerceptionModel,
     view: View,
     points: Sequence[tuple[float, float]] | np.ndarray,
-    head: str | None = None,
-    protocol: str | None = None,
+    asking: Asking,
 ) -> list[Prediction]:
     """One prediction per point, in order; all of them are asked in one batched call.
 
@@ -106,8 +128,7 @@ def ask_points(
         model: with a depth head.
         view: image and camera.
         points: `(N, 2)` as (x, y) in pixels of the stored image; points outside are answered by a reason.
-        head: name of the depth head; the first one when None.
-        protocol: way of predicting; the head's first one when None.
+        asking: which head, and how.
 
     Raises:
         ValueError: without points, for points that are no pairs of finite numbers, or without a depth head.
@@ -115,13 +136,13 @@ def ask_points(
     places = np.asarray(points, np.float64)
     if places.ndim != 2 or places.shape[-1] != 2 or not len(places) or not np.isfinite(places).all():
         raise ValueError(f"points of shape {places.shape} are asked; give one or more pairs (x, y) of finite numbers")
-    name = find_depth_head(model, head)
+    name = find_depth_head(model, asking.head)
     queries = tuple(
         Query(text="", points=(DepthPoint(float(x), float(y)),), task="depth", id=str(index))
         for index, (x, y) in enumerate(places)
     )
     sample = Sample(image=view.image, size=view.size, queries=queries, id=view.name, camera=view.camera)
-    return model.predict([sample], name, protocol or model.head(name).protocols[0])
+    return model.predict([sample], name, asking.protocol or model.head(name).protocols[0])
 
 
 def values_of(answers: Sequence[Prediction]) -> np.ndarray:

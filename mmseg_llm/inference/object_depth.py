@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmseg_llm.inference.depth_queries import (
+    Asking,
     View,
     ask_points,
     distance_of,
@@ -82,7 +83,7 @@ class ObjectDepth:
         raw: the answers as they are; None without any.
         planar, ray: the same along the axis and along the ray; None where nobody says what the answers are measured along.
         centroid: (X, Y, Z) right, down and forward of the camera: the median of the points in space.
-        extent: size in metres.
+        extent: size in metres; None where the camera sees no ray at the edges of the mask.
         failures: number of points without an answer, by reason.
         answers: predictions of all points.
     """
@@ -159,10 +160,7 @@ def measure_objects(
     model: PerceptionModel,
     view: View,
     masks: Sequence[Prediction],
-    *,
-    head: str | None = None,
-    protocol: str | None = None,
-    distance: Distance | None = None,
+    asking: Asking,
     points_per_object: int = 32,
     seed: int = 0,
 ) -> list[ObjectDepth]:
@@ -172,8 +170,7 @@ def measure_objects(
         model: with a depth head.
         view: image and camera.
         masks: predictions with a mask; their queries name the objects.
-        head, protocol: of the depth head.
-        distance: what the metres are measured along, where the head does not say.
+        asking: which depth head, and how.
         points_per_object: most points asked within each mask.
         seed: of their choice.
 
@@ -193,8 +190,8 @@ def measure_objects(
         rng = np.random.default_rng((seed, index))
         asked.append(points_inside(found, points_per_object, rng) if found.area else np.empty((0, 2), np.int64))
     points = np.concatenate(asked) if asked else np.empty((0, 2))
-    answers = ask_points(model, view, points, head, protocol) if len(points) else []
-    measured = distance_of(answers, distance) if answers else distance or "unspecified"
+    answers = ask_points(model, view, points, asking) if len(points) else []
+    measured = distance_of(answers, asking.distance) if answers else asking.distance or "unspecified"
     ends = np.cumsum([len(own) for own in asked])
     return [
         _measure(prediction, view.camera, measured, answers[end - len(own) : end])
@@ -204,9 +201,14 @@ def measure_objects(
 
 def _measure(mask: Prediction, camera: Camera, measured: Distance, answers: Sequence[Prediction]) -> ObjectDepth:
     """One object from its mask and the answers within it."""
-    metres = values_of(answers)
+    metres, failures = values_of(answers), failures_of(answers)
     is_known = np.isfinite(metres)
-    fields: dict[str, Any] = {"failures": failures_of(answers), "answers": tuple(answers)}
+    if measured != "unspecified" and is_known.any():
+        has_ray = np.isfinite(camera.rays(places_of(answers))).all(axis=-1)
+        if num_lost := int((is_known & ~has_ray).sum()):
+            failures["bad_camera"] = failures.get("bad_camera", 0) + num_lost
+        is_known &= has_ray
+    fields: dict[str, Any] = {"failures": failures, "answers": tuple(answers)}
     if not is_known.any():
         reason = "no_depth" if answers else "empty_mask" if mask.exists else "no_target"
         return ObjectDepth(mask.query, mask, camera, measured, reason, **fields)
@@ -220,13 +222,15 @@ def _measure(mask: Prediction, camera: Camera, measured: Distance, answers: Sequ
     return ObjectDepth(mask.query, mask, camera, measured, **fields)
 
 
-def _extent(mask: Prediction, camera: Camera, planar: Spread) -> Extent:
-    """The box of a mask at the median depth, and the spread of the depths."""
+def _extent(mask: Prediction, camera: Camera, planar: Spread) -> Extent | None:
+    """The box of a mask at the median depth, and the spread of the depths; None where an edge of the box has no ray."""
     box = mask.answer_mask.box
     assert box is not None, "points were answered within an empty mask"
     left, top, right, bottom = (edge - 0.5 for edge in box)  # edges of pixels, whose centres are whole numbers
     x, y = (left + right) / 2, (top + bottom) / 2
     rays = camera.rays(np.array([(left, y), (right, y), (x, top), (x, bottom)]))
+    if not np.isfinite(rays).all():
+        return None
     width, height = rays[1, 0] - rays[0, 0], rays[3, 1] - rays[2, 1]
     return Extent(float(width) * planar.median, float(height) * planar.median, planar.farthest - planar.nearest)
 

@@ -1,17 +1,105 @@
-"""What `predict` leaves behind: overlays, masks, episodes of clicks, and files for annotation tools over all images."""
+"""The images that `predict` is given, and what it leaves behind.
+
+It leaves overlays, masks, episodes of clicks, and files for annotation tools over all images.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
+from PIL import Image, UnidentifiedImageError
+
 from mmseg_llm.inference.annotations import to_coco_file, to_label_studio, write_label_studio
 from mmseg_llm.inference.episodes import filmstrip, save_animation
-from mmseg_llm.inference.visualize import write_outputs
+from mmseg_llm.inference.visualize import safe_stem, write_outputs
 from mmseg_llm.structures import Prediction
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def find_images(path: Path) -> list[Path]:
+    """The image itself, or the images in a folder, sorted.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(item for item in path.iterdir() if item.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"folder {path} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def prepare_folder(
+    folder: Path, images: Sequence[Path], inputs: Sequence[Path] = (), endings: Sequence[str] = ()
+) -> None:
+    """Make the folder to write into, unless that would overwrite what was given.
+
+    Args:
+        folder: to make.
+        images: that are given.
+        inputs: other files that are given.
+        endings: of the names of the files that may be written about each image.
+
+    Raises:
+        ValueError: if the folder is that of the images, cannot be made, or a file to be written is one that was given.
+    """
+    if any(folder.resolve() == image.resolve().parent for image in images):
+        raise ValueError(
+            f"output folder {folder} is the folder of the images, where files could be overwritten; name another, such as "
+            f"{folder / 'predictions'}"
+        )
+    given = {path.resolve() for path in (*images, *inputs)}
+    for stem in unique_stems(images):
+        for ending in endings:
+            target = folder / f"{safe_stem(stem)}{ending}"
+            if target.resolve() in given:
+                raise ValueError(
+                    f"{target} would be overwritten, which is one of the inputs; name another output folder"
+                )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output folder {folder} cannot be made ({error.strerror}); name another") from error
+
+
+def find_faults(images: Iterable[Path], check: Callable[[Path], object]) -> dict[Path, str]:
+    """What is wrong with images by their headers, which decodes none, and by a check; those with nothing wrong are not in it.
+
+    Args:
+        images: to check.
+        check: of something else about each, which raises ValueError.
+    """
+    faults = {}
+    for path in images:
+        try:
+            with Image.open(path):
+                check(path)
+        except FileNotFoundError:
+            faults[path] = f"image {path} does not exist"
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+            faults[path] = f"image {path} cannot be decoded ({error}); replace or remove the file"
+        except ValueError as error:
+            faults[path] = str(error)
+    return faults
+
+
+def refuse_faults(faults: dict[Path, str], num_images: int) -> None:
+    """Say at the end of a run, or before one without anything to do, what was left out.
+
+    Raises:
+        ValueError: if anything was.
+    """
+    if faults and num_images == 1:
+        raise ValueError(next(iter(faults.values())))
+    if faults:
+        names = ", ".join(path.name for path in list(faults)[:3]) + (", ..." if len(faults) > 3 else "")
+        raise ValueError(f"{len(faults)} of {num_images} images were left out ({names}); mend or remove them")
 
 
 def write_predictions(

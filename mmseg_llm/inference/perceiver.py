@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmseg_llm.geometry import load_image
-from mmseg_llm.inference.depth_maps import GRID, DepthMap, ask_depth_map
-from mmseg_llm.inference.depth_queries import View, ask_points, open_view
+from mmseg_llm.inference.depth_maps import GRID, MAX_PIXELS, DepthMap, ask_depth_map
+from mmseg_llm.inference.depth_queries import Asking, View, ask_points, open_view
 from mmseg_llm.inference.object_depth import ObjectDepth, measure_objects
 from mmseg_llm.inference.point_clouds import PointCloud
 from mmseg_llm.segmenters import refine_predictions
@@ -115,7 +115,8 @@ class Perceiver:
             image: path or PIL image.
             queries: expressions such as `"the red cube"`.
             points: instead of queries, pixels `(x, y)` of the stored image whose depth is asked; `prediction.measurement` tells
-                the metres, or the reason why there are none, and the camera with its origin.
+                the metres, or the reason why there are none, and the camera with its origin. Photographs that their EXIF data
+                turn are better given as `geometry.upright(PIL.Image.open(path))`, here and below.
             camera: intrinsics for points; those of the EXIF data, else assumed ones, when None.
             fov: field of view in degrees over the longer side, to assume for points.
             head: name of the head; when None the first one, or for points the first that measures depth.
@@ -135,7 +136,7 @@ class Perceiver:
                 raise ValueError(
                     "start masks are for queries of a click policy; leave them out when points are measured"
                 )
-            return ask_points(self.model, open_view(image, camera, fov), points, head, protocol)
+            return ask_points(self.model, open_view(image, camera, fov), points, Asking(head, protocol))
         if camera is not None or fov is not None:
             raise ValueError("a camera or field of view is for points; leave it out of queries")
         texts = [queries] if isinstance(queries, str) else list(queries or ())
@@ -173,8 +174,7 @@ class Perceiver:
         Raises:
             ValueError: for an image that cannot be read, a grid without cells, or without a depth head.
         """
-        view = open_view(image, camera, fov)
-        return ask_depth_map(self.model, view, grid, head=head, protocol=protocol, distance=distance)
+        return ask_depth_map(self.model, open_view(image, camera, fov), grid, Asking(head, protocol, distance))
 
     def point_cloud(
         self,
@@ -184,18 +184,21 @@ class Perceiver:
         fov: float | None = None,
         grid: Size = GRID,
         dense: bool = False,
+        max_pixels: int = MAX_PIXELS,
         head: str | None = None,
         protocol: str | None = None,
         distance: Distance | None = None,
     ) -> PointCloud:
         """Coloured points in space, metres: of the grid of `depth_map`, or of every pixel by its `resized` when `dense`.
 
+        Points of a dense cloud are interpolated, and of images beyond `max_pixels` there are no more of them than that.
+
         Raises:
             ValueError: as `depth_map`, or if nobody says what the metres are measured along.
         """
         view = open_view(image, camera, fov)
-        depth = ask_depth_map(self.model, view, grid, head=head, protocol=protocol, distance=distance)
-        return PointCloud.of(depth.resized() if dense else depth, view.name)
+        depth = ask_depth_map(self.model, view, grid, Asking(head, protocol, distance))
+        return PointCloud.of(depth.resized(max_pixels=max_pixels) if dense else depth, view.name)
 
     def measure(
         self,
@@ -219,7 +222,8 @@ class Perceiver:
             expressions: what to measure; with masks their names.
             camera: intrinsics; those of the EXIF data, else assumed ones, when None.
             fov: field of view in degrees over the longer side, to assume.
-            masks: to measure instead of what the segmentation head finds, such as the predictions of another model.
+            masks: to measure instead of what the segmentation head finds: bool arrays, or ones of 0 and 1, or the predictions
+                of another model.
             mask_head: name of the segmentation head; the first one that does not measure depth when None.
             depth_head: name of the depth head; the first one when None.
             protocol: of the depth head; its first one when None.
@@ -229,7 +233,7 @@ class Perceiver:
 
         Raises:
             ValueError: without expressions and masks, for another number of masks than expressions, masks of another size than
-                the image, or a model without the heads that are needed.
+                the image or with other values than 0 and 1, or a model without the heads that are needed.
         """
         texts = [expressions] if isinstance(expressions, str) else expressions
         view = open_view(image, camera, fov)
@@ -239,14 +243,8 @@ class Perceiver:
             found = self.predict(image, texts, head=mask_head or self._mask_head())
         else:
             raise ValueError("nothing to measure; give expressions such as 'the red cube', or masks")
-        return measure_objects(
-            *(self.model, view, found),
-            head=depth_head,
-            protocol=protocol,
-            distance=distance,
-            points_per_object=points_per_object,
-            seed=seed,
-        )
+        asking = Asking(depth_head, protocol, distance)
+        return measure_objects(self.model, view, found, asking, points_per_object, seed)
 
     def _mask_head(self) -> str:
         for name, head in self.model.heads.items():
@@ -290,10 +288,21 @@ class Perceiver:
 
 
 def as_mask(mask: Mask | np.ndarray) -> Mask:
-    """A mask, given as one or as a bool array `(H, W)`."""
+    """A mask, given as one or as an array `(H, W)` of bool, or of 0 and 1.
+
+    Raises:
+        ValueError: for other values, such as probabilities.
+    """
     from mmseg_llm.masks import Mask
 
-    return mask if isinstance(mask, Mask) else Mask.from_array(np.asarray(mask))
+    if isinstance(mask, Mask):
+        return mask
+    array = np.asarray(mask)
+    if array.dtype != bool and not np.isin(array, (0, 1)).all():
+        raise ValueError(
+            f"a mask holds values from {array.min():g} to {array.max():g}; give bool, or 0 and 1, such as mask > 0.5"
+        )
+    return Mask.from_array(array.astype(bool))
 
 
 def _named_masks(
@@ -304,6 +313,10 @@ def _named_masks(
         raise ValueError(f"{len(masks)} masks for {len(names)} expressions; give one mask per expression")
     found = []
     for index, item in enumerate(masks):
+        if isinstance(item, Prediction) and item.measurement is not None:
+            raise ValueError(
+                f"mask {index} is an answer about depth, which has no mask; give those of a segmentation head"
+            )
         if not isinstance(item, Prediction):
             mask = as_mask(item)
             item = Prediction(f"object {index}", mask.size, str(index), view.name, mask=mask, box=mask.box, score=1.0)

@@ -36,6 +36,9 @@ class PointCloud:
         spacing: pixels between neighbouring points.
         failures: number of questions without an answer, by reason; they have no point here.
         name: of the image.
+        cells: int32 `(N, 2)`, row and column of each point in the map.
+        source: what the points are interpolated from, in words; empty where each is an answer.
+        num_unplaced: metres without a place, as the camera sees no ray there; they have no point here.
     """
 
     points: np.ndarray
@@ -46,10 +49,13 @@ class PointCloud:
     spacing: float = 1.0
     failures: dict[str, int] = field(default_factory=dict)
     name: str = ""
+    cells: np.ndarray | None = field(default=None, repr=False)
+    source: str = ""
+    num_unplaced: int = 0
 
     @classmethod
     def of(cls, depth: DepthMap, name: str = "") -> PointCloud:
-        """The points of a map with an image; where it has no answer there is no point.
+        """The points of a map with an image; where it has no answer, or the camera no ray, there is no point.
 
         Raises:
             ValueError: if the map has no image, or nobody says what its metres are measured along.
@@ -62,9 +68,11 @@ class PointCloud:
             raise ValueError(
                 "metres of unspecified kind have no place in space; say what the head's answers are with distance=planar or ray"
             )
-        is_valid = depth.is_valid
-        pixels = depth.points[is_valid]  # (N, 2)
-        places = depth.camera.place(pixels, depth.metres[is_valid], depth.distance)
+        cells = np.argwhere(depth.is_valid)
+        places = depth.camera.place(depth.points[depth.is_valid], depth.metres[depth.is_valid], depth.distance)
+        is_placed = np.isfinite(places).all(axis=-1)
+        cells, places = cells[is_placed], places[is_placed]  # (N, 2), (N, 3)
+        pixels = depth.points[cells[:, 0], cells[:, 1]]
         x, y = (np.rint(pixels[:, axis]).astype(np.int64).clip(0, depth.size[1 - axis] - 1) for axis in (0, 1))
         return cls(
             points=places.astype(np.float32),
@@ -75,6 +83,9 @@ class PointCloud:
             spacing=float(np.sqrt(depth.size[0] * depth.size[1] / depth.metres.size)),
             failures=depth.failures,
             name=name,
+            cells=cells.astype(np.int32),
+            source=depth.source,
+            num_unplaced=int((~is_placed).sum()),
         )
 
     def __len__(self) -> int:
@@ -91,9 +102,8 @@ class PointCloud:
         if path.suffix == ".ply":
             path.write_bytes(self.to_ply())
         elif path.suffix == ".npz":
-            np.savez_compressed(
-                path, points=self.points, colours=self.colours, about=np.array(json.dumps(self.about()))
-            )
+            about = np.array(json.dumps(self.about()))
+            np.savez_compressed(path, points=self.points, colours=self.colours, about=about)
         elif path.suffix == ".html":
             from mmseg_llm.inference.cloud_view import page
 
@@ -111,6 +121,8 @@ class PointCloud:
             "size": list(self.size),
             "spacing": self.spacing,
             "failures": self.failures,
+            "num_unplaced": self.num_unplaced,
+            **({"source": self.source} if self.source else {}),
         }
 
     def to_ply(self) -> bytes:
@@ -123,6 +135,7 @@ class PointCloud:
             "ply",
             "format binary_little_endian 1.0",
             "comment metres; X right, Y down, Z forward",
+            *([f"comment {self.source}"] if self.source else []),
             f"comment camera {camera}",
             f"element vertex {len(self)}",
             *(f"property {_PLY_TYPES[VERTEX[name].str]} {name}" for name in VERTEX.names or ()),

@@ -171,7 +171,7 @@ def write_outputs(predictions: Sequence[Prediction], folder: str | Path, stem: s
     overlay = draw_predictions(image, predictions)  # refuses wrong sizes before anything is written
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = _safe_stem(stem)
+    stem = safe_stem(stem)
     paths = [folder / f"{stem}_overlay.jpg"]
     overlay.save(paths[0], quality=92, subsampling=0)
     for index, prediction in enumerate(predictions):
@@ -199,7 +199,7 @@ def _title(prediction: Prediction) -> str:
     return prediction.query or " ".join(f"({x:g}, {y:g})" for x, y in points)
 
 
-def _safe_stem(stem: str) -> str:
+def safe_stem(stem: str) -> str:
     """A file name part: letters, digits and `.-_`, neither hidden nor empty, within the limit of file systems."""
     safe = re.sub(r"[^\w.-]+", "_", stem).strip("._")
     return safe.encode("utf-8", "ignore")[:200].decode("utf-8", "ignore") or "image"

@@ -39,7 +39,9 @@ def curate(
         f"{stats['points']} points, {stats['distance']} metres"
         + (f" from {depth['min']:.2f} to {depth['max']:.2f}, median {depth['0.5']:.2f}" if depth else "")
     )
-    print("skipped: " + (", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "nothing"))
+    print(_skipped(skipped))
+    for reason, sentence in stats["first_skipped"].items():
+        print(f"first {reason}: {sentence}")
     print(f"images are relative to {stats['images']}")
 
 
@@ -61,5 +63,12 @@ def constant(
     from mmseg_llm.configuration import read_split
     from mmseg_llm.depth_evaluation import measure_constant
 
-    for name, value in measure_constant(read_split(data, split, max_samples), metres).items():
+    dataset = read_split(data, split, max_samples)
+    for name, value in measure_constant(dataset, metres).items():
         print(f"{name:>18}  {value:.4f}" if isinstance(value, float) else f"{name:>18}  {value}")
+    print(_skipped(dataset.skipped))
+
+
+def _skipped(counts: dict[str, int]) -> str:
+    """What was left out and why, in one line."""
+    return "skipped: " + (", ".join(f"{count} {reason}" for reason, count in counts.items()) or "nothing")

@@ -6,9 +6,13 @@ Heavy libraries are imported inside the verbs, so that `--help` is instant.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mmseg_llm.inference.depth_options import DepthRequest
+    from mmseg_llm.inference.perceiver import Perceiver
 
 
 def evaluate(
@@ -94,31 +98,32 @@ def predict(
     task: Literal["segment", "depth"] = "segment",
     head: str | None = None,
     protocol: str | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     device: str | None = None,
     refiner: Path | None = None,
     environment: Path | None = None,
     max_clicks: int | None = None,
     candidates: int | None = None,
     label_studio: str | None = None,
-    points: str | None = None,
+    points: list[str] | str | None = None,
     grid: str | None = None,
     camera: str | None = None,
     fov: float | None = None,
     distance: Literal["planar", "ray"] | None = None,
+    max_pixels: int | None = None,
     mask_head: str | None = None,
 ) -> None:
     """Answer queries about an image or a folder of images: masks, or with task depth metres as maps, clouds and sizes.
 
     Args:
         checkpoint: run folder.
-        image: file or folder.
-        output: folder to write.
+        image: file or folder; pixels as stored, so turn photographs with an EXIF orientation first (mogrify -auto-orient).
+        output: folder to write, other than that of the images.
         query: expression, such as "the red cube"; repeat --query for more. With task depth: objects to measure.
         task: segment writes overlays, mask PNGs and one COCO JSON; depth writes pictures, 16-bit PNGs, npz, PLY, HTML and JSON.
         head: name of the head; the first one (that fits the task) by default.
         protocol: how the head answers; its first way by default.
-        batch_size: images at once.
+        batch_size: images at once, 8 by default; task depth takes one after the other.
         device: cpu, cuda, ...; a GPU where there is one by default.
         refiner: config of what sharpens the masks (configs/segmenters/*.yaml).
         environment: config of what a click policy clicks on, other than in its training (configs/environments/*.yaml).
@@ -130,38 +135,110 @@ def predict(
         camera: fx,fy,cx,cy in pixels, or a JSON file with them, or with cameras by file name; else EXIF, else an assumption.
         fov: field of view in degrees over the longer side, to assume where the camera is not known.
         distance: what metres are measured along, for heads that do not say.
+        max_pixels: of the map and cloud interpolated from the answers; 1000000 by default.
         mask_head: name of the head whose masks are measured; the first one that does not measure depth by default.
     """
+    depth = {"points": points, "grid": grid, "camera": camera, "fov": fov, "distance": distance}
+    depth |= {"max_pixels": max_pixels}
+    clicks = {"environment": environment, "max_clicks": max_clicks, "candidates": candidates}
+    masks = {"refiner": refiner, "mask_head": mask_head} | clicks
+    heads = {"head": head, "protocol": protocol}
+    files = {"batch_size": batch_size, "label_studio": label_studio}
+    _predict(checkpoint, image, output, query, task, device, depth, masks, heads, files)
+
+
+Options = dict[str, Any]
+"""Values by the name of their option; None where it is not given."""
+
+
+def _predict(
+    checkpoint: Path,
+    image: Path,
+    output: Path,
+    query: list[str] | None,
+    task: str,
+    device: str | None,
+    *groups: Options,
+) -> None:
+    """`predict`: everything that can be refused is before the model is loaded; images that cannot be read are left out."""
     from mmseg_llm.configuration import read_environment, read_refiner
-    from mmseg_llm.inference.depth_outputs import read_request, write_depths
-    from mmseg_llm.inference.outputs import write_predictions
+    from mmseg_llm.geometry import load_image
+    from mmseg_llm.inference.depth_outputs import ENDINGS, write_depths
+    from mmseg_llm.inference.outputs import find_faults, find_images, prepare_folder, refuse_faults
     from mmseg_llm.inference.perceiver import Perceiver
+
+    depth, masks, heads, files = groups
+    request = _depth_request(task, query, *groups)
+    images = find_images(image)
+    # masks of a folder become one file at the end, so each image is decoded before; depths are written one by one
+    faults = find_faults(images, load_image if request is None else request.camera_of)
+    if len(faults) == len(images):
+        refuse_faults(faults, len(images))
+    inputs = [Path(depth["camera"])] if depth["camera"] else []
+    prepare_folder(output, images, inputs, () if request is None else ENDINGS)
+    for path, fault in faults.items():
+        print(f"{path.name}: left out: {fault}")
+    refiner, environment = masks["refiner"], masks["environment"]
+    sharpen = None if refiner is None else read_refiner(refiner)
+    perceiver = Perceiver.from_pretrained(checkpoint, device=device, refiner=sharpen)
+    clicked = None if environment is None else read_environment(environment)
+    clicking = {name: masks[name] for name in ("max_clicks", "candidates")}
+    perceiver.click_on(clicked, heads["head"] if request is None else masks["mask_head"], **clicking)
+    if request is None:
+        lines = _write_masks(
+            perceiver, [path for path in images if path not in faults], output, query or (), heads, files
+        )
+    else:
+        lines = write_depths(perceiver, images, output, request, faults)
+    for line in lines:
+        print(line)
+    print(f"written: {output}")
+    refuse_faults(faults, len(images))
+
+
+def _depth_request(
+    task: str, query: list[str] | None, depth: Options, masks: Options, heads: Options, files: Options
+) -> DepthRequest | None:
+    """What task depth is asked for, None for task segment; options that a task would ignore are refused."""
+    from mmseg_llm.inference.depth_options import read_request
+    from mmseg_llm.inference.depth_queries import Asking
 
     for text in query or ():
         if not text.strip(" ."):
             raise ValueError(f"query {text!r} is empty; give an expression such as 'the red cube'")
-    request = read_request(
-        task, query, points=points, grid=grid, camera=camera, fov=fov,
-        distance=distance, head=head, protocol=protocol, mask_head=mask_head,
-    )  # fmt: skip
-    files = sorted(p for p in image.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if image.is_dir() else [image]
-    if not files:
-        raise ValueError(f"folder {image} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    sharpen = None if refiner is None else read_refiner(refiner)
-    perceiver = Perceiver.from_pretrained(checkpoint, device=device, refiner=sharpen)
-    clicked = None if environment is None else read_environment(environment)
-    perceiver.click_on(clicked, head if request is None else mask_head, max_clicks=max_clicks, candidates=candidates)
-    if request is not None:
-        for line in write_depths(perceiver, files, output, request):
-            print(line)
-    else:
-        requests = ((path, query or ()) for path in files)
-        answers = perceiver.predict_many(requests, head=head, protocol=protocol, batch_size=batch_size)
-        for path, predictions in zip(files, write_predictions(answers, files, output, label_studio), strict=True):
-            for item in predictions:
-                found = f"{item.mask.area if item.mask else 0} px" if item.exists else "no target"
-                print(f"{path.name}: {item.query}: {found}, score {item.score:.3f}")
-    print(f"written: {output}")
+    if task != "depth":
+        if given := _given(depth | {"mask_head": masks["mask_head"]}):
+            raise ValueError(f"{given} needs --task depth")
+        if not query:
+            raise ValueError("nothing to predict; give --query 'the red cube', or --task depth")
+        return None
+    if given := _given(files):
+        raise ValueError(f"{given} is for masks; leave it out of --task depth")
+    if not query and (given := _given(masks)):
+        raise ValueError(f"{given} is about the masks of objects; give --query 'the red cube' with it")
+    asking = Asking(heads["head"], heads["protocol"], depth["distance"])
+    options = {name: value for name, value in depth.items() if name != "distance"}
+    return read_request(query, **options, asking=asking, mask_head=masks["mask_head"])
+
+
+def _given(options: Options) -> str:
+    """The options that are given, as they are written."""
+    return ", ".join(f"--{name}" for name, value in options.items() if value is not None)
+
+
+def _write_masks(
+    perceiver: Perceiver, images: list[Path], output: Path, query: Sequence[str], heads: Options, files: Options
+) -> Iterator[str]:
+    """Task segment: answer and write image after image; yields what there is to say about each."""
+    from mmseg_llm.inference.outputs import write_predictions
+
+    batch_size = 8 if files["batch_size"] is None else files["batch_size"]
+    answers = perceiver.predict_many(((path, query) for path in images), batch_size=batch_size, **heads)
+    written = write_predictions(answers, images, output, files["label_studio"])
+    for path, predictions in zip(images, written, strict=True):
+        for item in predictions:
+            found = f"{item.mask.area if item.mask else 0} px" if item.exists else "no target"
+            yield f"{path.name}: {item.query}: {found}, score {item.score:.3f}"
 
 
 def bench(

@@ -10,9 +10,11 @@ import pytest
 from depth_fakes import CAMERA, SIZE, PlaneWorld, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFont
 
-from mmseg_llm.inference.depth_maps import DepthMap, grid_points, to_millimetres
+from mmseg_llm.cameras import Camera
+from mmseg_llm.inference import depth_pictures
+from mmseg_llm.inference.depth_maps import DepthMap, grid_points, to_millimetres, within
 from mmseg_llm.inference.depth_pictures import NO_ANSWER, Scale
 from mmseg_llm.inference.perceiver import Perceiver
 
@@ -103,6 +105,69 @@ def test_nothing_known_gives_nothing():
     assert depth.picture().size[0] == depth.overlay().size[0]
 
 
+def test_an_interpolated_map_says_so_and_keeps_its_answers():
+    depth = depth_map(PlaneWorld("ray", SLANTED, lambda x, y: "no_number" if x < 8 else None))
+    dense = depth.resized()
+    assert dense.source == "interpolated from 180 answers (12x16)" and depth.source == "" and depth.grid is None
+    assert dense.grid.metres == pytest.approx(depth.metres, rel=1e-6, nan_ok=True) and dense.grid.distance == "ray"
+    planar = dense.as_planar()
+    assert planar.grid.metres == pytest.approx(depth.as_planar().metres, rel=1e-6, nan_ok=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), st.integers(1, 4_000_000))
+def test_maps_have_at_most_so_many_pixels(size, most):
+    rows, columns = within(size, most)
+    assert 1 <= rows <= size[0] and 1 <= columns <= size[1] and rows * columns <= most
+    if size[0] * size[1] <= most:
+        assert (rows, columns) == size
+
+
+def test_maps_of_large_images_are_smaller_and_as_true():
+    world = PlaneWorld("ray", SLANTED)
+    dense = depth_map(world).resized(max_pixels=3072)
+    assert dense.metres.shape == (48, 64) and dense.size == SIZE and dense.points[0, 0].tolist() == [0.5, 0.5]
+    assert dense.metres == pytest.approx(world.ray(CAMERA, dense.points), rel=5e-3)
+    ray = dense.pixel_camera.rays(np.array([10.0, 20.0]))
+    assert ray == pytest.approx(CAMERA.rays(dense.points[20, 10]))  # the same place in its own pixels
+    with pytest.raises(ValueError, match="max_pixels is 0"):
+        depth_map(world).resized(max_pixels=0)
+
+
+def test_places_that_the_camera_cannot_see_are_no_answers():
+    """A distortion that folds over: no ray is seen in the corners."""
+    camera = replace(CAMERA, distortion=(-0.9, 0.0, 0.0, 0.0))
+    depth = replace(depth_map(PlaneWorld("ray")), camera=camera)
+    planar, has_ray = depth.as_planar(), np.isfinite(camera.rays(depth.points)).all(-1)
+    assert 0 < has_ray.sum() < has_ray.size and np.array_equal(planar.is_valid, has_ray)
+    assert planar.failures == {"bad_camera": int((~has_ray).sum())}
+    dense = depth.resized()
+    assert dense.failures == planar.failures and not dense.is_valid.all()
+
+
+def test_captions_are_whole(monkeypatch):
+    """A narrow picture has more lines, not shorter ones."""
+    drawn = []
+    monkeypatch.setattr(depth_pictures.ImageDraw.ImageDraw, "text", lambda self, xy, text, *a, **k: drawn.append(text))
+    narrow = depth_map(PlaneWorld(), Image.new("RGB", (100, 400))).picture()
+    said = " ".join(drawn)
+    assert "give a camera" not in said and "..." not in said and "px (" in said and "metres along the ray" in said
+    assumed = Perceiver(PlaneWorld()).depth_map(noise(), grid=(4, 4))
+    drawn.clear()
+    wide = assumed.picture()
+    assert "give a camera or a field of view" in " ".join(drawn) and not any("..." in text for text in drawn)
+    font = ImageFont.load_default(max(13, round(wide.width / 56)))
+    assert all(font.getlength(text) <= wide.width for text in drawn) and narrow.height > 400
+
+
+def test_pictures_of_large_images_are_smaller(monkeypatch):
+    monkeypatch.setattr(depth_pictures, "MAX_PIXELS", 3072)
+    depth = depth_map(PlaneWorld(), image=noise((480, 640)))
+    size = depth.picture().size
+    assert size[0] == 448 and size[1] > 336  # 48x64, enlarged seven times
+    assert depth.overlay().size == size
+
+
 def test_maps_of_other_images_are_refused():
     depth = depth_map(PlaneWorld())
     with pytest.raises(ValueError, match=r"image is 20x30 .* map is of one of 96x128"):
@@ -126,13 +191,21 @@ def test_files(tmp_path):
     depth = depth_map(PlaneWorld("ray", SLANTED, lambda x, y: "no_number" if x < 8 else None))
     with Image.open(depth.save(tmp_path / "new" / "a.png")) as image:
         millimetres = np.asarray(image)
-    assert millimetres.dtype == np.uint16 and (millimetres[:, 0] == 0).all()
+        text = image.text
+    assert text["distance"] == "ray" and Camera.from_json(json.loads(text["camera"])) == depth.pixel_camera
+    assert "source" not in text and millimetres.dtype == np.uint16 and (millimetres[:, 0] == 0).all()
     assert np.abs(millimetres[:, 1:] / 1000 - depth.metres[:, 1:]).max() <= 5.01e-4
     content = np.load(depth.save(tmp_path / "a.npz"), allow_pickle=False)
     assert np.array_equal(content["metres"], depth.metres, equal_nan=True)
     about = json.loads(str(content["about"]))
     assert about == {"camera": CAMERA.to_json(), "distance": "ray", "failures": {"no_number": 12}}
     assert np.array_equal(content["points"], depth.points) and content["size"].tolist() == list(SIZE)
+    dense = depth.resized()
+    with np.load(dense.save(tmp_path / "dense.npz")) as content:
+        assert np.array_equal(content["metres"], dense.metres, equal_nan=True)
+        assert content["grid_metres"] == pytest.approx(depth.metres, rel=1e-6, nan_ok=True)
+        assert np.array_equal(content["grid_points"], depth.points)
+        assert json.loads(str(content["about"]))["source"] == dense.source
     with Image.open(depth.save(tmp_path / "a.jpg")) as picture:
         assert picture.size == depth.picture().size
     with pytest.raises(ValueError, match=r"'.tiff'; use .png"):

@@ -9,7 +9,8 @@ import pytest
 from depth_fakes import CAMERA, SIZE, PlaneWorld, noise
 from PIL import Image
 
-from mmseg_llm.cameras import Camera
+from mmseg_llm import Camera
+from mmseg_llm.geometry import upright
 from mmseg_llm.inference.depth_queries import describe_camera, describe_failures, failures_of, open_view
 from mmseg_llm.inference.perceiver import Perceiver
 
@@ -76,7 +77,16 @@ def test_intrinsics_of_a_numpy_matrix_can_be_written():
 def test_points_are_of_stored_pixels(tmp_path):
     """A photograph that its EXIF data turn stays as it is stored, and so does its camera."""
     view = open_view(photograph(tmp_path / "turned.jpg", 28, orientation=6))
+    assert view.orientation == 6 and open_view(photograph(tmp_path / "plain.jpg")).orientation == 1
     assert view.size == (60, 90) and (view.camera.cx, view.camera.cy) == (44.5, 29.5) and view.name == "turned.jpg"
+
+
+def test_a_photograph_can_be_turned_first(tmp_path):
+    """Upright as the model should see it; the focal length in its EXIF data stays."""
+    with Image.open(photograph(tmp_path / "turned.jpg", 28, orientation=6)) as image:
+        view, stored = open_view(upright(image)), open_view(image)
+    assert view.size == (90, 60) and view.orientation == 1 and view.camera.origin == "exif"
+    assert (view.camera.fx, view.camera.cx) == (stored.camera.fx, 29.5)
 
 
 def test_cameras_and_failures_in_words():

@@ -10,6 +10,7 @@ from depth_fakes import CAMERA, SIZE, PlaneWorld, box_mask, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmseg_llm.cameras import Camera
 from mmseg_llm.inference.object_depth import draw_objects, points_inside
 from mmseg_llm.inference.perceiver import Perceiver
 from mmseg_llm.structures import Mask, Prediction
@@ -129,6 +130,27 @@ def test_given_masks_of_any_kind():
     assert [head for head, *_ in world.calls] == [None, "depth_text", "depth_text"]
 
 
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.int64, np.float32])
+def test_masks_of_0_and_1_are_masks(kind):
+    (thing,) = Perceiver(PlaneWorld()).measure(noise(), camera=CAMERA, masks=[CUBE.astype(kind)])
+    assert thing.mask.mask == Mask.from_array(CUBE)
+
+
+def test_answers_about_depth_are_no_masks():
+    perceiver = Perceiver(PlaneWorld())
+    with pytest.raises(ValueError, match="mask 0 is an answer about depth"):
+        perceiver.measure(noise(), camera=CAMERA, masks=perceiver.predict(noise(), points=[(3, 3)]))
+
+
+def test_points_without_a_ray_are_counted_and_do_not_spoil_the_others():
+    camera = Camera(60.0, 60.0, 61.0, 40.0, distortion=(-0.5, 0.0, 0.0, 0.0))
+    perceiver = Perceiver(PlaneWorld("planar"))
+    thing, corner = perceiver.measure(noise(), camera=camera, masks=[np.ones(SIZE, bool), box_mask(86, 96, 116, 128)])
+    assert 0 < thing.failures["bad_camera"] < 32 and thing.num_answered == 32 - thing.failures["bad_camera"]
+    assert np.isfinite([thing.distance, thing.ray.farthest, *thing.centroid]).all() and thing.extent is None
+    assert corner.reason == "no_depth" and corner.failures == {"bad_camera": 32}
+
+
 def test_metres_nobody_knows_the_kind_of():
     (cube,) = measure(PlaneWorld("unspecified", masks=MASKS), ["the cube"])
     assert cube.distance == cube.raw.median == pytest.approx(4) and cube.label() == "4.00 m"
@@ -157,6 +179,9 @@ def test_json_and_picture():
         ({"expressions": []}, "nothing to measure"),
         ({"expressions": ["a"], "masks": [CUBE, BALL]}, "2 masks for 1 expressions"),
         ({"masks": [np.ones((5, 5), bool)]}, r"mask of 'object 0' is 5x5 but its image is 96x128"),
+        ({"masks": [CUBE * 0.7]}, r"a mask holds values from 0 to 0\.7; give bool, or 0 and 1, such as mask > 0\.5"),
+        ({"masks": [CUBE * np.uint8(255)]}, "values from 0 to 255"),
+        ({"masks": [np.where(CUBE, np.nan, 0)]}, "a mask holds values"),
         ({"masks": [CUBE], "points_per_object": 0}, "points_per_object is 0"),
         ({"masks": [CUBE], "depth_head": "mask_decoder"}, "none that measures depth"),
     ],

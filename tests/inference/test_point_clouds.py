@@ -125,9 +125,56 @@ def test_page_holds_the_cloud_and_needs_nothing_else(tmp_path):
 
 
 def test_large_clouds_are_thinned_and_it_is_said():
-    text = page(cloud_of(PlaneWorld(), dense=True), most_points=3072)
+    text = page(cloud_of(PlaneWorld(), dense=True), most_points=4000)
     assert "3,072 of 12,288 points" in text
     assert content_of(text)["count"] == 3072 and content_of(text)["spacing"] == pytest.approx(2)
+
+
+def test_thinned_clouds_have_no_pattern():
+    """Neighbours are everywhere as far apart: no seams, no threads."""
+    cloud = cloud_of(PlaneWorld("planar"), dense=True)
+    content = content_of(page(cloud, most_points=4000))
+    points = np.frombuffer(base64.b64decode(content["points"]), "<f4").reshape(-1, 3)
+    pixels = np.rint(CAMERA.project(points)).astype(int)
+    for axis in (0, 1):
+        assert (np.diff(np.unique(pixels[:, axis])) == 2).all()
+    by_chance = content_of(page(replace(cloud, cells=None), most_points=3000))
+    assert by_chance["count"] == 3000
+    assert by_chance == content_of(page(replace(cloud, cells=None), most_points=3000))
+    pixels = CAMERA.project(np.frombuffer(base64.b64decode(by_chance["points"]), "<f4").reshape(-1, 3))
+    counts = np.histogram2d(*pixels.T, bins=(4, 3))[0]
+    assert counts.min() > 180 and len(np.unique(np.rint(pixels[:, 0]))) == SIZE[1]
+
+
+def test_clouds_in_few_rows_of_a_map_are_thinned_too():
+    cloud = cloud_of(PlaneWorld("planar"), dense=True)
+    row = cloud.cells[:, 0] == 0
+    strip = replace(cloud, points=cloud.points[row], colours=cloud.colours[row], cells=cloud.cells[row])
+    assert content_of(page(strip, most_points=60))["count"] == 60
+
+
+def test_points_that_are_interpolated_are_no_answers(tmp_path):
+    cloud = cloud_of(PlaneWorld(), dense=True)
+    said = "interpolated from 192 answers (12x16)"
+    assert cloud.source == cloud.about()["source"] == said and f"12,288 points, {said}" in page(cloud)
+    assert f"comment {said}\n".encode() in cloud.to_ply() and len(read_ply(cloud.to_ply())) == 12288
+    assert "interpolated" not in page(cloud_of(PlaneWorld())) and b"interpolated" not in cloud_of(PlaneWorld()).to_ply()
+
+
+def test_dense_clouds_of_large_images_are_bounded():
+    cloud = cloud_of(PlaneWorld("ray", SLANTED), dense=True, max_pixels=3072)
+    assert len(cloud) == 3072 and cloud.spacing == pytest.approx(2)
+    assert cloud.points @ SLANTED == pytest.approx(1, abs=5e-3)
+
+
+def test_metres_without_a_place_are_counted():
+    camera = replace(CAMERA, distortion=(-0.9, 0.0, 0.0, 0.0))
+    cloud = PointCloud.of(
+        replace(Perceiver(PlaneWorld("planar")).depth_map(noise(), CAMERA, grid=(12, 16)), camera=camera)
+    )
+    assert np.isfinite(cloud.points).all() and 0 < cloud.num_unplaced < 192 and len(cloud) == 192 - cloud.num_unplaced
+    assert f"{cloud.num_unplaced} left out, as the camera sees no ray there" in page(cloud)
+    assert cloud.about()["num_unplaced"] == cloud.num_unplaced and len(cloud.colours) == len(cloud.cells) == len(cloud)
 
 
 def test_assumed_intrinsics_are_told_on_the_page():
@@ -146,3 +193,40 @@ def test_the_script_of_the_page_is_valid(tmp_path):
     script = re.search(r"<script>(.*)</script>", page(cloud_of(PlaneWorld())), re.DOTALL)[1]
     (tmp_path / "a.js").write_text(script)
     subprocess.run(["node", "--check", tmp_path / "a.js"], check=True, capture_output=True)
+
+
+BROWSER = """
+const rects = %s, nothing = () => {};
+const made = id => ({ addEventListener: nothing, append: nothing, style: {}, parentElement: { firstChild: {} }, clientWidth: %d,
+  clientHeight: %d, getContext: () => null, getBoundingClientRect: () => rects[id] });
+const document = { getElementById: made, createElement: made }, window = { addEventListener: nothing };
+"""
+PROJECTION = """
+const { clip } = matrices(canvas.clientWidth / canvas.clientHeight);
+const row = (i, p) => clip[i] * p[0] + clip[4 + i] * p[1] + clip[8 + i] * p[2] + clip[12 + i];
+console.log(JSON.stringify(Array.from({ length: content.count }, (_, i) => points.slice(3 * i, 3 * i + 3)).map(p => {
+  const w = row(3, p);
+  return [(row(0, p) / w + 1) / 2 * canvas.clientWidth, (1 - row(1, p) / w) / 2 * canvas.clientHeight, w];
+})));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (1000, 600), (500, 900)])
+@pytest.mark.parametrize("slope", [SLANTED, (0.0, 0.0, 0.05), (0.0, 0.5, 0.2)])
+def test_the_first_look_shows_the_whole_cloud_beside_the_panels(tmp_path, width, height, slope):
+    script = re.search(r"<script>(.*)</script>", page(cloud_of(PlaneWorld("planar", slope))), re.DOTALL)[1]
+    left, top = (width - 252, 14) if width > 640 else (width - 252, 213)
+    panels = {
+        "about": (14, 14, 364, 205),
+        "tools": (left, top, width - 14, top + 127),
+        "help": (14, height - 54, 504, height - 14),
+    }
+    rects = {name: dict(zip(("left", "top", "right", "bottom"), edges, strict=True)) for name, edges in panels.items()}
+    (tmp_path / "a.js").write_text(BROWSER % (json.dumps(rects), width, height) + script + PROJECTION)
+    done = subprocess.run(["node", tmp_path / "a.js"], check=True, capture_output=True, text=True)
+    x, y, w = np.array(json.loads(done.stdout)).T
+    assert len(x) == 192 and (w > 0).all() and x.min() > 0 and x.max() < width and y.min() > 0 and y.max() < height
+    for x1, y1, x2, y2 in panels.values():
+        assert not ((x > x1) & (x < x2) & (y > y1) & (y < y2)).any()
+    assert max(np.ptp(x) / width, np.ptp(y) / height) > 0.4  # and not from afar

@@ -13,11 +13,11 @@ from mmseg_llm.inference.visualize import (
     PALETTE,
     _erode,
     _panel,
-    _safe_stem,
     _shorten,
     comparison_sheet,
     draw_predictions,
     plot_curves,
+    safe_stem,
     write_outputs,
 )
 from mmseg_llm.structures import Mask, Prediction
@@ -189,11 +189,11 @@ def test_write_outputs_refuses_what_it_cannot_draw(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_safe_stem():
-    assert _safe_stem("COCO_train2014_000000000025") == "COCO_train2014_000000000025"
-    assert _safe_stem("..") == "image"
-    assert _safe_stem("a/b\\c:d*") == "a_b_c_d"
-    assert len(_safe_stem("x" * 900)) == 200
+def testsafe_stem():
+    assert safe_stem("COCO_train2014_000000000025") == "COCO_train2014_000000000025"
+    assert safe_stem("..") == "image"
+    assert safe_stem("a/b\\c:d*") == "a_b_c_d"
+    assert len(safe_stem("x" * 900)) == 200
 
 
 def test_drawing_needs_neither_torch_nor_matplotlib():

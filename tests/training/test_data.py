@@ -1,5 +1,6 @@
 """Loading: shares of ranks, seeds, and what a data config offers."""
 
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from mmseg_llm.backbones.collate import collate
 from mmseg_llm.data.base import SampleDataset
 from mmseg_llm.data.synthetic import make_scene
 from mmseg_llm.heads import MaskDecoderHead
+from mmseg_llm.heads.base import NoExampleError
 from mmseg_llm.model import PerceptionModel
 from mmseg_llm.training import PerceptionDataModule, PerceptionModule
 from mmseg_llm.training.data import EpochSampler, _Rendered
@@ -119,3 +121,48 @@ def test_official_and_clean_padding_labels(model):
     assert (clean.labels[padding] == -100).all()
     assert (official.labels[padding] == 0).all()
     assert torch.equal(clean.labels[~padding], official.labels[~padding])
+
+
+class _Picky:
+    """A head that learns from even samples only."""
+
+    name, label_padding = "picky", -100
+
+    def for_workers(self):
+        return self
+
+    def build(self, sample, codec, rng):
+        if sample % 2:
+            raise NoExampleError(f"sample {sample} is odd")
+        return sample
+
+
+class _Numbers(SampleDataset):
+    name, skipped = "numbers", {}
+
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        return self.numbers[index]
+
+
+def test_samples_without_an_example_are_replaced_and_told():
+    rendered = _Rendered(_Numbers(*range(10)), _Picky(), None, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rendered[4, 0] == 4
+    with pytest.warns(UserWarning, match="another sample is taken: sample"):
+        first = rendered[3, 0]
+    with pytest.warns(UserWarning):
+        assert first % 2 == 0 and rendered[3, 0] == first
+    with (
+        pytest.warns(UserWarning, match="sample 1 is odd"),
+        pytest.raises(
+            ValueError, match="100 samples of numbers in a row cannot be learnt from; the last: sample 1 is odd"
+        ),
+    ):
+        _Rendered(_Numbers(1, 1), _Picky(), None, seed=0)[0, 0]

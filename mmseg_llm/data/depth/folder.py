@@ -25,11 +25,14 @@ from mmseg_llm.data.depth.layouts import (
 )
 from mmseg_llm.data.depth.maps import is_npy, map_size, read_map
 from mmseg_llm.data.depth.points import (
+    MAX_METRES,
     MIN_METRES,
     REPAIRED,
     Span,
     Unusable,
     check_count,
+    check_mode,
+    count_many,
     depth_queries,
     draw,
     image_size,
@@ -53,13 +56,15 @@ class _Item(NamedTuple):
 class DepthFolderDataset(SampleDataset):
     """One sample per image; its queries of task `depth` are labelled pixels, drawn uniformly by (seed, index).
 
-    Depth maps are greyscale PNG of 16 bits (0 unlabelled) or NPY of floats in metres (what is not finite or not positive is
-    unlabelled). An image goes with the depth map of its name, whatever the suffixes are, or with that of an annotation list.
+    Depth maps are greyscale PNG or TIFF of 16 bits (0 unlabelled), or NPY of floats in metres (what is not finite or not positive
+    is unlabelled). An image goes with the depth map of its name, whatever the suffixes are, or with that of an annotation list.
     Images of any mode will do. Sample ids are image names, query ids `x,y`.
 
     `skipped` counts images: `missing image`, `corrupt image`, `missing depth`, `corrupt depth`, `depth of another kind`,
-    `depth of another size`, `depth without unit`, `no intrinsics`, `zero or NaN focal length`, `malformed intrinsics`, `no
-    labelled pixel`. Where one of two focal lengths is bad the other stands for both: `focal length repaired`.
+    `depth of another size`, `depth without unit`, `depth of another unit`, `no intrinsics`, `bad focal length`, `malformed
+    intrinsics`, `ambiguous name` (several images or maps differ by their suffixes only), `no labelled pixel`. Where one of two
+    focal lengths is bad the other stands for both: `focal length repaired`. What never raises is counted only: files
+    (`depth without image`, `file of unknown kind`), and with `check_depth` pixels (`depth out of range`).
 
     Args:
         root: folder that all other paths are relative to.
@@ -70,15 +75,17 @@ class DepthFolderDataset(SampleDataset):
         annotations: instead of `images` and `depth`, a JSON list `{files: [{rgb, depth, cam_in, depth_scale}]}` with paths
             relative to its folder.
         distance: what the depth maps hold, where no file says it: planar (along the axis), ray, or unspecified.
-        metres_per_unit, units_per_metre: scale of PNG, where no file says it; give one of them.
+        metres_per_unit, units_per_metre: scale of PNG and TIFF, where no file says it; give one of them.
         points_per_image: how many labelled pixels of an image to offer, or all that it has.
         margin: pixels from the border where none are drawn.
-        min_metres, max_metres: pixels outside are not drawn.
+        min_metres, max_metres: pixels outside are not drawn. By default depth ends at 1000 metres, and a map that has most labels
+            beyond is refused as one in another unit, such as an NPY in millimetres; give more, or None, if they are metres.
         split: those images only that `questions.jsonl` assigns to it, as the synthetic world writes it.
         seed: of the drawing.
         on_error: `raise` on an image that cannot be used, or `skip` and count it.
         check_depth: decode every map while opening, to find those without a pixel to draw. Without it only headers are read,
             and such a map raises when it is asked for.
+        check_images: read the `header` of every image while opening, or `decode` it to find one that is cut off.
         name: by default that of the folder and the split.
 
     Raises:
@@ -100,16 +107,18 @@ class DepthFolderDataset(SampleDataset):
         points_per_image: int = 100,
         margin: int = 0,
         min_metres: float = MIN_METRES,
-        max_metres: float | None = None,
+        max_metres: float | None = MAX_METRES,
         split: str | None = None,
         seed: int = 0,
         on_error: Literal["raise", "skip"] = "raise",
         check_depth: bool = True,
+        check_images: Literal["header", "decode"] = "header",
         name: str | None = None,
     ) -> None:
         if distance is not None and distance not in get_args(Distance):
             raise ValueError(f"distance is '{distance}'; use one of {', '.join(get_args(Distance))}")
         check_count(points_per_image, seed)
+        check_mode(check_images)
         if margin < 0:
             raise ValueError(f"margin is {margin}; it must not be negative")
         self.root = Path(root)
@@ -121,49 +130,59 @@ class DepthFolderDataset(SampleDataset):
         cameras = read_intrinsics(self.root, intrinsics)
         self.distance: Distance = agree(cameras.distance, distance, "distance") or "unspecified"
         scale = agree(cameras.metres_per_unit, _scale(metres_per_unit, units_per_metre), "metres_per_unit")
+        faults = Faults(on_error)
+        self.skipped = faults.counts
         if annotations is None:
-            self._base, pairs = self.root, pairs_of_folders(self.root, images, depth)
+            self._base = self.root
+            pairs, leftovers = pairs_of_folders(self.root, images, depth)
+            count_many(faults, "depth without image", leftovers.orphans)
+            count_many(faults, "file of unknown kind", leftovers.unknown)
         else:
             path = self.root / annotations
             self._base, pairs = path.parent, pairs_of_list(path)
         if split is not None:
             pairs = select_split(self.root, pairs, split)
-        faults = Faults(on_error)
-        self.skipped = faults.counts
-        self._items = list(self._scan(pairs, cameras, scale, check_depth, faults))
+        self._check_depth, self._decodes = check_depth, check_images == "decode"
+        self._items = list(self._scan(pairs, cameras, scale, faults))
         if not self._items:
             raise ValueError(f"{self.root}: no image can be used, left out are {self.skipped}")
 
-    def _scan(
-        self, pairs: list[Pair], cameras: Intrinsics, scale: float | None, check_depth: bool, faults: Faults
-    ) -> Iterator[_Item]:
+    def _scan(self, pairs: list[Pair], cameras: Intrinsics, scale: float | None, faults: Faults) -> Iterator[_Item]:
         """All images that give samples; the others are reported."""
         for pair in pairs:
             unit = agree(pair.metres_per_unit, scale, f"metres_per_unit of '{pair.name}'")
             try:
-                camera, is_repaired = self._camera(pair, cameras)
-                item = _Item(pair.name, pair.image, pair.depth, self._size(pair, unit), camera, unit)
-                if check_depth:
-                    item = item._replace(num_points=len(self._places(item)[1]))
+                if pair.rivals:
+                    raise Unusable(
+                        f"{' and '.join(pair.rivals)} have the same name; keep one of them", "ambiguous name"
+                    )
+                size = self._size(pair, unit)
+                camera, is_repaired = self._camera(pair, cameras, size)
+                item, out_of_range = _Item(pair.name, pair.image, pair.depth, size, camera, unit), 0
+                if self._check_depth:
+                    metres, places = self._places(item)
+                    out_of_range = int(np.count_nonzero(metres) - np.count_nonzero(self._is_label(metres)))
+                    item = item._replace(num_points=len(places))
             except Unusable as error:
                 faults.report(error.reason, f"{self.root}, image '{pair.name}': {error}")
                 continue
+            count_many(faults, "depth out of range", out_of_range)
             if is_repaired:
                 faults.count(REPAIRED)
             yield item
 
-    def _camera(self, pair: Pair, cameras: Intrinsics) -> tuple[Camera, bool]:
+    def _camera(self, pair: Pair, cameras: Intrinsics, size: Size) -> tuple[Camera, bool]:
         """The camera of an image, and whether it was repaired."""
         numbers = pair.intrinsics or cameras.of(pair.name)
         if numbers is None:
             raise Unusable("nobody says its intrinsics; give four numbers or a file as intrinsics", "no intrinsics")
-        return make_camera(numbers, self.distance)
+        return make_camera(numbers, self.distance, size=size)
 
     def _size(self, pair: Pair, unit: float | None) -> Size:
         """Of an image and its depth map, by their headers."""
         if not pair.depth:
             raise Unusable("there is no depth map of its name", "missing depth")
-        size, depth_size = image_size(self._base / pair.image), map_size(self._base / pair.depth)
+        size, depth_size = image_size(self._base / pair.image, self._decodes), map_size(self._base / pair.depth)
         if size != depth_size:
             raise Unusable(
                 f"it is {size[1]}x{size[0]} but its depth map {pair.depth} is {depth_size[1]}x{depth_size[0]}; give maps of "
@@ -209,7 +228,13 @@ class DepthFolderDataset(SampleDataset):
             Unusable: if there are none.
         """
         metres, margin = self._read(item), self.margin
-        is_label = (metres > 0) & (metres >= self.span.near) & (metres <= self.span.far)
+        is_label, num_known = self._is_label(metres), np.count_nonzero(metres)
+        if self.span.far <= MAX_METRES and 2 * np.count_nonzero(metres > MAX_METRES) > num_known:
+            raise Unusable(
+                f"most of {item.depth} is beyond {MAX_METRES:g} metres, up to {metres.max():g}; an NPY holds metres, and PNG and "
+                "TIFF need the right metres_per_unit",
+                "depth of another unit",
+            )
         if margin:
             is_label[:margin] = is_label[-margin:] = False
             is_label[:, :margin] = is_label[:, -margin:] = False
@@ -221,6 +246,10 @@ class DepthFolderDataset(SampleDataset):
                 "no labelled pixel",
             )
         return metres, places
+
+    def _is_label(self, metres: np.ndarray) -> np.ndarray:
+        """bool `(H, W)`: which pixels are known and in the range."""
+        return (metres > 0) & (metres >= self.span.near) & (metres <= self.span.far)
 
     def _read(self, item: _Item) -> np.ndarray:
         metres = read_map(self._base / item.depth, item.metres_per_unit)

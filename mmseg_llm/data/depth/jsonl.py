@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -14,13 +15,14 @@ import numpy as np
 
 from mmseg_llm.cameras import Distance
 from mmseg_llm.data.base import Faults, SampleDataset
-from mmseg_llm.data.depth.lines import Line, faults_of, judge, parse_line
+from mmseg_llm.data.depth.lines import Line, faults_of, fit, judge, parse_line
 from mmseg_llm.data.depth.points import (
     MIN_METRES,
     REPAIRED,
     Span,
     Unusable,
     check_count,
+    check_mode,
     count_many,
     depth_queries,
     draw,
@@ -30,7 +32,9 @@ from mmseg_llm.structures import Sample, Size
 
 
 class _Entry(NamedTuple):
-    """What is kept of a line in memory: its bytes in a file, its usable points, the image size, and which of its image it is."""
+    """What is kept of a line in memory: its bytes in a file, its usable points, the image size, which of its image it is, and
+    where the bytes of the image's name are.
+    """
 
     file: int
     start: int
@@ -39,6 +43,8 @@ class _Entry(NamedTuple):
     height: int
     width: int
     repeat: int
+    name: int
+    name_length: int
 
 
 class DepthJsonlDataset(SampleDataset):
@@ -49,13 +55,15 @@ class DepthJsonlDataset(SampleDataset):
     (`z` or `planar`, `euclidean` or `ray`), `valid_range` and `distortion`; `records.DepthRecord` writes all of it. Sample ids
     are image names, with `.2`, `.3`, ... where several lines have the same.
 
-    Every line is checked once. Then a few numbers of each are kept, and lines are read when asked for.
+    Every line is checked once. Then its image name and a few numbers of each are kept, and lines are read when asked for.
 
     `skipped` counts lines (`broken JSON`, `malformed line`, `lists of different length`, `path out of the folder`, `missing
-    image`, `corrupt image`, `image of another size`, `zero or NaN focal length`, `malformed intrinsics`, `another distance`,
-    `no usable point`) and points (`point outside of the image`, `non-finite depth`, `non-positive depth`, `depth out of
-    range`). A range leaves points out on purpose and never raises. Where one of two focal lengths is bad the other stands
-    for both: `focal length repaired`.
+    image`, `corrupt image`, `image of another size`, `bad focal length`, `malformed intrinsics`, `another distance`, `no
+    usable point`) and points (`point outside of the image`, `non-finite depth`, `non-positive depth`, `pixel with two
+    depths`, `depth out of range`). A range leaves points out on purpose and never raises. Two counts are of lines that are
+    offered: where one of two focal lengths is bad the other stands for both (`focal length repaired`), and a field `lens`, as
+    the curator of ETH3D writes it, is of a model that a `Camera` cannot say (`unsupported lens`): such a sample looks like a
+    pinhole image, its labels along the ray are right, and rays or points in space made of them are not.
 
     Args:
         annotations: JSONL file or files.
@@ -66,8 +74,9 @@ class DepthJsonlDataset(SampleDataset):
         points_per_image: how many points of a line to offer, drawn by (seed, index); all when None.
         seed: of the drawing.
         on_error: `raise` on a broken line or point, or `skip` and count it.
-        check_images: look for every image and compare its size while opening. Without it a missing image, or one of another
-            size, is found when it is loaded.
+        check_images: look for every image and compare its size while opening, by its `header`, or `decode` it to find one
+            that is cut off, which takes as long as reading all of them. True means `header`. With False a missing image, or
+            one of another size, is found when it is loaded.
 
     Raises:
         ValueError: for a missing file or folder, an argument out of range, nothing to offer, or a fault with
@@ -86,11 +95,14 @@ class DepthJsonlDataset(SampleDataset):
         points_per_image: int | None = None,
         seed: int = 0,
         on_error: Literal["raise", "skip"] = "raise",
-        check_images: bool = True,
+        check_images: bool | Literal["header", "decode"] = True,
     ) -> None:
         if distance is not None and distance not in get_args(Distance):
             raise ValueError(f"distance is '{distance}'; use one of {', '.join(get_args(Distance))}")
         check_count(points_per_image, seed)
+        check = "header" if check_images is True else check_images or None
+        if check is not None:
+            check_mode(check)
         self.files = [Path(path) for path in ([annotations] if isinstance(annotations, str | Path) else annotations)]
         self.images = Path(images)
         if not self.files:
@@ -104,22 +116,24 @@ class DepthJsonlDataset(SampleDataset):
         self.points_per_image, self.seed = points_per_image, seed
         faults = Faults(on_error)
         self.skipped = faults.counts
-        table = array("q")
-        for entry in self._scan(faults, check_images):
+        table, names = array("q"), bytearray()
+        for entry in self._scan(faults, check, names):
             table.extend(entry)
+        self._names = bytes(names)
         self._table = np.asarray(table, np.int64).reshape(-1, len(_Entry._fields))
         if not len(self._table):
             raise ValueError(f"{', '.join(map(str, self.files))}: no line can be used, left out are {self.skipped}")
 
-    def _scan(self, faults: Faults, check_images: bool) -> Iterator[_Entry]:
-        """All lines that give samples; the others are reported."""
+    def _scan(self, faults: Faults, check: str | None, names: bytearray) -> Iterator[_Entry]:
+        """All lines that give samples; the others are reported. Image names are appended to `names`."""
         seen: dict[str, int] = {}
         for file, path in enumerate(self.files):
             for number, start, content in _lines(path):
                 where = f"{path}, line {number}"
                 try:
                     line = parse_line(content, self.distance, self.span)
-                    size = self._size(line, check_images)
+                    size = self._size(line, check)
+                    line = fit(line, size)
                 except Unusable as error:
                     faults.report(error.reason, f"{where}: {error}")
                     continue
@@ -133,18 +147,22 @@ class DepthJsonlDataset(SampleDataset):
                     continue
                 if line.is_repaired:
                     faults.count(REPAIRED)
-                repeat = seen[line.image] = seen.get(line.image, 0) + 1
-                yield _Entry(file, start, len(content), num_points, *size, repeat)
+                if line.has_lens:
+                    faults.count("unsupported lens")
+                number_of_image = seen[line.image] = seen.get(line.image, 0) + 1
+                name = line.image.encode(errors="surrogatepass")
+                yield _Entry(file, start, len(content), num_points, *size, number_of_image, len(names), len(name))
+                names += name
 
-    def _size(self, line: Line, check: bool) -> Size:
+    def _size(self, line: Line, check: str | None) -> Size:
         """Of the image, by its line, by its header where that says nothing; they have to agree if checked.
 
         Raises:
             Unusable: if they do not, or there is no such image.
         """
-        if line.size is not None and not check:
+        if line.size is not None and check is None:
             return line.size
-        height, width = image_size(self.images / line.image)
+        height, width = image_size(self.images / line.image, decode=check == "decode")
         if line.size not in (None, (height, width)):
             assert line.size is not None
             raise Unusable(
@@ -175,7 +193,7 @@ class DepthJsonlDataset(SampleDataset):
             image=self.images / line.image,
             size=size,
             queries=depth_queries(line.points[places].tolist(), line.metres[places].tolist(), places.tolist()),
-            id=self._id(line, entry),
+            id=self._id(entry),
             source=self.name,
             camera=line.camera,
         )
@@ -187,20 +205,20 @@ class DepthJsonlDataset(SampleDataset):
             file.seek(entry.start)
             content = file.read(entry.length)
         try:
-            return parse_line(content, self.distance, self.span), entry
+            return fit(parse_line(content, self.distance, self.span), (entry.height, entry.width)), entry
         except Unusable as error:
             raise ValueError(f"{path}, line at byte {entry.start}: {error}; open the dataset again") from error
 
-    @staticmethod
-    def _id(line: Line, entry: _Entry) -> str:
-        return line.image + (f".{entry.repeat}" if entry.repeat > 1 else "")
+    def _id(self, entry: _Entry) -> str:
+        name = self._names[entry.name : entry.name + entry.name_length].decode(errors="surrogatepass")
+        return name + (f".{entry.repeat}" if entry.repeat > 1 else "")
 
     def query_counts(self) -> Iterator[tuple[str, int | None]]:
-        """Per query: `(image id, None)`, as points have no masks; reads the lines, opens no image."""
-        for index in range(len(self)):
-            line, entry = self._read(index)
+        """Per query: `(image id, None)`, as points have no masks; reads no file."""
+        for row in self._table:
+            entry = _Entry(*row.tolist())
             number = min(entry.num_points, self.points_per_image or entry.num_points)
-            yield from ((self._id(line, entry), None) for _ in range(number))
+            yield from repeat((self._id(entry), None), number)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:

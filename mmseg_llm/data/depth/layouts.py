@@ -30,6 +30,7 @@ class Pair(NamedTuple):
         image, depth: paths relative to the root; depth is empty where there is none.
         intrinsics: `(fx, fy, cx, cy)`, None where nobody says.
         metres_per_unit: of this depth map, None where its own file does not say.
+        rivals: names of several images, or of several depth maps, that differ by their suffixes only; empty where all is clear.
     """
 
     name: str
@@ -37,6 +38,14 @@ class Pair(NamedTuple):
     depth: str
     intrinsics: tuple[float, ...] | None = None
     metres_per_unit: float | None = None
+    rivals: tuple[str, ...] = ()
+
+
+class Leftovers(NamedTuple):
+    """Numbers of files that belong to no pair: depth maps without an image, and files of unknown kind."""
+
+    orphans: int = 0
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ def read_intrinsics(root: Path, given: str | Sequence[float] | None) -> Intrinsi
             raise ValueError(f"intrinsics are {list(given)}; give the four numbers fx, fy, cx, cy, or a file")
         return Intrinsics(common=tuple(float(number) for number in given))
     path = root / given
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return Intrinsics(common=_read_matrix(path))
     content = read_json(path)
     own = content.get("images") if isinstance(content, dict) else None
@@ -88,6 +97,8 @@ def read_intrinsics(root: Path, given: str | Sequence[float] | None) -> Intrinsi
         raise ValueError(f"{path} holds no cameras; it needs {{'images': {{file name: {{fx, fy, cx, cy}}}}}}")
     try:
         distance, unit = read_distance(content.get("distance")), content.get("metres_per_unit")
+        if unit is not None and not 0 < float(unit) < math.inf:
+            raise ValueError(f"metres_per_unit is {unit}; give a positive number")
         return Intrinsics(
             None, own, None if distance == "unspecified" else distance, None if unit is None else float(unit)
         )
@@ -145,37 +156,53 @@ def _pair(entry: dict[str, Any]) -> Pair:
     numbers = None if camera is None else tuple(float(value) for value in camera)
     if numbers is not None and len(numbers) != 4:
         raise ValueError(f"cam_in is {camera}")
-    if scale is not None and not float(scale) > 0:
+    if scale is not None and not 0 < float(scale) < math.inf:
         raise ValueError(f"depth_scale is {scale}")
     return Pair(image, image, depth, numbers, None if scale is None else 1 / float(scale))
 
 
-def pairs_of_folders(root: Path, images: str, depth: str) -> list[Pair]:
-    """Pairs of images and depth maps with the same name but for the suffix, sorted; or of one image and one map.
+def pairs_of_folders(root: Path, images: str, depth: str) -> tuple[list[Pair], Leftovers]:
+    """Pairs of images and depth maps with the same name but for the suffix, sorted, and what is left over; or of one image and
+    one map.
 
     Raises:
         ValueError: if a folder is missing, or holds nothing.
     """
     if (root / images).is_file():
-        return [Pair(Path(images).name, images, depth)]
+        return [Pair(Path(images).name, images, depth)], Leftovers()
     for folder in (root / images, root / depth):
         if not folder.is_dir():
             raise ValueError(f"the folder '{folder}' does not exist; name the folders of images and of depth maps")
-    maps = {name.rpartition(".")[0]: name for name in _files(root / depth, DEPTH_SUFFIXES)}
-    prefix = f"{Path(depth).relative_to(images).as_posix()}/" if Path(depth).is_relative_to(images) else None
+    pictures, unknown_pictures = _files(root / images, SUFFIXES, root / depth)
+    maps, unknown_maps = _files(root / depth, DEPTH_SUFFIXES, root / images)
     pairs = []
-    for name in _files(root / images, SUFFIXES):
-        if prefix is None or not name.startswith(prefix):
-            found = maps.get(name.rpartition(".")[0])
-            pairs.append(Pair(name, f"{images}/{name}", f"{depth}/{found}" if found else ""))
+    for stem, names in pictures.items():
+        found = maps.get(stem, [])
+        for name in names:
+            rivals = tuple(names if len(names) > 1 else found if len(found) > 1 else ())
+            pairs.append(Pair(name, f"{images}/{name}", f"{depth}/{found[0]}" if found else "", rivals=rivals))
     if not pairs:
         raise ValueError(f"there is no image in '{root / images}'; known are {', '.join(SUFFIXES)}")
-    return pairs
+    orphans = sum(len(names) for stem, names in maps.items() if stem not in pictures)
+    return sorted(pairs, key=lambda pair: pair.name), Leftovers(orphans, unknown_pictures + unknown_maps)
 
 
-def _files(folder: Path, suffixes: Sequence[str]) -> list[str]:
-    """Sorted names of the files with such a suffix below a folder."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+def _files(folder: Path, suffixes: Sequence[str], other: Path) -> tuple[dict[str, list[str]], int]:
+    """Sorted names of the files with such a suffix below a folder by their name without it, and the number of other files. Hidden
+    files count for nothing, and neither do those of the other folder if it is inside.
+    """
+    found: dict[str, list[str]] = {}
+    unknown = 0
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_other = other != folder and other.is_relative_to(folder) and path.is_relative_to(other)
+        if is_other or path.name.startswith("."):
+            continue
+        if path.suffix.lower() in suffixes:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        elif path.is_file():
+            unknown += 1
+    return found, unknown
 
 
 def select_split(root: Path, pairs: Sequence[Pair], split: str) -> list[Pair]:

@@ -1,4 +1,4 @@
-"""Depth maps as files: 16-bit PNG in some unit, or NPY in metres.
+"""Depth maps as files: PNG or TIFF of 16 bits in some unit, or NPY in metres.
 
 Legend: H W pixels.
 """
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmseg_llm.data.depth.points import Unusable
+from mmseg_llm.data.depth.points import BROKEN_IMAGE, Unusable
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from mmseg_llm.structures import Size
 
-SUFFIXES = (".png", ".npy")
+SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 
 
 def is_npy(path: str | Path) -> bool:
@@ -33,7 +33,7 @@ def map_size(path: Path) -> Size:
     """
     if is_npy(path):
         return _load_npy(path).shape  # type: ignore[return-value]
-    with _open_png(path) as image:
+    with _open_image(path) as image:
         return (image.height, image.width)
 
 
@@ -41,8 +41,9 @@ def read_map(path: Path, metres_per_unit: float | None) -> np.ndarray:
     """float32 `(H, W)` metres, 0 where unlabelled.
 
     Args:
-        path: PNG of 16 bits, 0 unlabelled; or NPY of floats in metres, where what is not finite or not positive is unlabelled.
-        metres_per_unit: of a PNG; an NPY needs none.
+        path: PNG or TIFF of 16 bits, 0 unlabelled; or NPY of floats in metres, where what is not finite or not positive is
+            unlabelled.
+        metres_per_unit: of a PNG or TIFF; an NPY needs none.
 
     Raises:
         Unusable: if the file is missing, broken, or of another kind.
@@ -52,23 +53,23 @@ def read_map(path: Path, metres_per_unit: float | None) -> np.ndarray:
         metres[~(np.isfinite(metres) & (metres > 0))] = 0
         return metres
     assert metres_per_unit is not None
-    with _open_png(path) as image:
+    with _open_image(path) as image:
         try:
             units = np.asarray(image)
-        except (OSError, SyntaxError) as error:
+        except BROKEN_IMAGE as error:
             raise _broken(path, error) from error
     return np.multiply(units, metres_per_unit, dtype=np.float32)
 
 
-def _open_png(path: Path) -> Image.Image:
-    """Open a PNG of 16 bits without decoding it."""
-    from PIL import Image, UnidentifiedImageError
+def _open_image(path: Path) -> Image.Image:
+    """Open a PNG or TIFF of 16 bits without decoding it."""
+    from PIL import Image
 
     try:
         image = Image.open(path)
     except FileNotFoundError as error:
         raise Unusable(f"depth map {path} does not exist", "missing depth") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*BROKEN_IMAGE, Image.DecompressionBombError) as error:
         raise _broken(path, error) from error
     if not image.mode.startswith("I;16"):
         image.close()

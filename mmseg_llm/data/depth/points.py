@@ -6,6 +6,8 @@ Legend: N labelled pixels, K of them drawn.
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,11 +21,22 @@ if TYPE_CHECKING:
     from mmseg_llm.data.base import Faults
     from mmseg_llm.structures import Size
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""Of images; small or capital letters."""
+BAD_FOCAL = "bad focal length"
+"""Reason under which images are counted whose focal lengths are zero, no number, or implausible (`is_plausible_focal`)."""
 REPAIRED = "focal length repaired"
 """Reason under which `skipped` counts images whose one bad focal length was replaced by the other; they are offered."""
 MIN_METRES = 0.005
 """Labels below it are written as 0.00 metres (specification D.4)."""
+MAX_METRES = 1000.0
+"""Farther than depth cameras and laser scanners of these datasets measure: what is beyond is in another unit, or no label."""
+WIDEST = 170.0
+"""Degrees that a pinhole image can see over its longer side; more means a focal length that is not in pixels of this image."""
+CHECKS = ("header", "decode")
+"""How images are looked at while a dataset is opened: by their header, or all of their pixels."""
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+"""What Pillow raises for files that are missing, cut off or no image; and its DecompressionBombError."""
 
 
 class Unusable(ValueError):
@@ -83,27 +96,48 @@ def is_inside(name: str) -> bool:
     )
 
 
-def image_size(path: Path) -> Size:
+def image_size(path: Path, decode: bool = False) -> Size:
     """`(H, W)` by the header of an image file, without decoding it.
 
     Raises:
         Unusable: if the file is missing or no image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
+            if decode:
+                image.load()
             return (image.height, image.width)
     except FileNotFoundError as error:
         raise Unusable(f"image {path} does not exist; check the image folder", "missing image") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*BROKEN_IMAGE, Image.DecompressionBombError) as error:
         raise Unusable(f"image {path} cannot be opened ({error}); replace the file", "corrupt image") from error
 
 
+def check_mode(mode: str) -> None:
+    """Raises: ValueError if images cannot be looked at in this way."""
+    if mode not in CHECKS:
+        raise ValueError(f"check_images is '{mode}'; use {' or '.join(CHECKS)}")
+
+
+def is_plausible_focal(focal: float, size: Size) -> bool:
+    """Whether a focal length in pixels is finite, positive, and so long that the longer side of an image `(H, W)` sees no more
+    than `WIDEST` degrees; normalised ones, such as 0.9, are not.
+    """
+    return math.isfinite(focal) and focal > 0 and max(size) <= 2 * focal * math.tan(math.radians(WIDEST / 2))
+
+
 def make_camera(
-    intrinsics: Sequence[float], distance: Distance, distortion: Sequence[float] = ()
+    intrinsics: Sequence[float], distance: Distance, distortion: Sequence[float] = (), size: Size | None = None
 ) -> tuple[Camera, bool]:
     """The camera of `(fx, fy, cx, cy)`, and whether one focal length had to be taken from the other.
+
+    Args:
+        intrinsics: in pixels.
+        distance: what metres are measured along.
+        distortion: OpenCV coefficients.
+        size: `(H, W)` of the image, by which focal lengths must be plausible; None where nobody knows it yet.
 
     Raises:
         Unusable: if both focal lengths are unusable, or the principal point is no pair of numbers.
@@ -114,11 +148,11 @@ def make_camera(
         raise Unusable(
             f"intrinsics {list(intrinsics)} are not fx, fy, cx, cy in numbers", "malformed intrinsics"
         ) from error
-    is_good = [math.isfinite(focal) and focal > 0 for focal in (fx, fy)]
+    is_good = [is_plausible_focal(focal, size or (0, 0)) for focal in (fx, fy)]
     if not any(is_good):
-        raise Unusable(
-            f"the focal lengths are {fx} and {fy}; give positive numbers of pixels", "zero or NaN focal length"
-        )
+        seen = "" if size is None else f", with which an image of {size[1]}x{size[0]} sees more than {WIDEST:g} degrees"
+        seen = seen if max(fx, fy) > 0 else ""
+        raise Unusable(f"the focal lengths are {fx} and {fy}{seen}; give positive numbers of pixels", BAD_FOCAL)
     if not (math.isfinite(cx) and math.isfinite(cy)):
         raise Unusable(f"the principal point is ({cx}, {cy}); give finite numbers of pixels", "malformed intrinsics")
     fx, fy = (fx if is_good[0] else fy), (fy if is_good[1] else fx)
@@ -145,5 +179,5 @@ def depth_queries(points: Sequence[Sequence[Any]], metres: Sequence[float], ids:
 
 def count_many(faults: Faults, reason: str, number: int) -> None:
     """Count so many records of one reason."""
-    for _ in range(number):
-        faults.count(reason)
+    if number:
+        faults.counts[reason] = faults.counts.get(reason, 0) + number

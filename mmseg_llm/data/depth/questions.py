@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby, repeat
 
 import numpy as np
 
@@ -82,5 +83,5 @@ class QuestionDataset(SampleDataset):
 
     def query_counts(self) -> Iterator[tuple[str, int | None]]:
         """Per query: `(image id, None)`."""
-        for image_id in dict.fromkeys(image_id for image_id, _ in self.dataset.query_counts()):
-            yield from ((image_id, None) for _ in range(self.per_image))
+        for image_id, _ in groupby(image_id for image_id, _ in self.dataset.query_counts()):
+            yield from repeat((image_id, None), self.per_image)

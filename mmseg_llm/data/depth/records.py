@@ -85,6 +85,8 @@ class DepthRecord:
         _set(self, "distortion", _numbers(self.distortion, f"{where}: distortion"))
         if self.valid_range is not None:
             _set(self, "valid_range", _numbers(self.valid_range, f"{where}: valid_range"))
+            if len(self.valid_range) != 2 or not self.valid_range[0] < self.valid_range[1]:
+                raise ValueError(f"{where}: valid_range is {list(self.valid_range)}; give nearest < farthest metres")
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict in the order of the reference's files, from which `from_json` restores the record."""
@@ -140,7 +142,7 @@ def read_distance(value: str | None) -> Distance:
     """
     if value is None:
         return "unspecified"
-    if value not in DISTANCE_TYPES:
+    if not isinstance(value, str) or value not in DISTANCE_TYPES:
         raise ValueError(f"distance_type is '{value}'; use one of {', '.join(DISTANCE_TYPES)}")
     return DISTANCE_TYPES[value]
 
@@ -169,7 +171,7 @@ def _numbers(values: Sequence[float] | np.ndarray, what: str) -> tuple[Any, ...]
     """Finite builtin numbers; whole ones stay whole."""
     numbers = tuple(values.tolist() if isinstance(values, np.ndarray) else values)
     numbers = tuple(number.item() if isinstance(number, np.generic) else number for number in numbers)
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         raise ValueError(f"{what}: {list(numbers)} holds something that is no finite number; leave such labels out")
     return numbers
 

@@ -74,7 +74,7 @@ class DepthTextHead(Head):
         augmentation: Augmentation | None = None,
         max_questions: int = 10,
         forced: bool = True,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = 96,
         max_cached: int = 32768,
     ) -> None:
         super().__init__()

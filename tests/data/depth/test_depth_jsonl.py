@@ -96,8 +96,9 @@ FAULTS = {
     "missing image": (LINE | {"image": "rgb/z.png"}, "does not exist"),
     "corrupt image": (LINE | {"image": "labels.jsonl"}, "cannot be opened"),
     "image of another size": (LINE | {"intrinsics": [50, 51, 7.5, 5.5, 32, 24]}, "16x12 but its intrinsics say 32x24"),
-    "zero or NaN focal length": (LINE | {"intrinsics": [0, NAN, 7.5, 5.5, 16, 12]}, "0.0 and nan"),
+    "bad focal length": (LINE | {"intrinsics": [0, NAN, 7.5, 5.5, 16, 12]}, "0.0 and nan"),
     "malformed intrinsics": (LINE | {"intrinsics": [50, 51]}, "give \\[fx, fy, cx, cy, width, height\\]"),
+    "pixel with two depths": (LINE | {"pixel_coords": [[1, 2], [15, 11], [15.0, 11]]}, "point 1 .* has another depth"),
     "point outside of the image": (LINE | {"pixel_coords": [[1, 2], [16, 11], [0, 0]]}, "point 1 at \\(16, 11\\)"),
     "non-finite depth": (LINE | {"depth": [1, 2, NAN]}, "point 2 .* no finite number"),
     "non-positive depth": (LINE | {"depth": [-1, 2, 3]}, "point 0 .* no positive depth"),
@@ -110,24 +111,73 @@ def test_faults_raise_one_sentence_or_are_counted(read, reason):
     with pytest.raises(ValueError, match=f"line 2: .*{sentence}.*on_error='skip'"):
         read(LINE, line)
     dataset = read(LINE, line, LINE | {"image": "rgb/b.png"}, on_error="skip")
-    is_point = reason in ("point outside of the image", "non-finite depth", "non-positive depth")
-    assert dataset.skipped == {reason: 1}
-    assert [len(sample.queries) for sample in dataset] == ([3, 2, 3] if is_point else [3, 3])
+    points = {
+        "point outside of the image": 1,
+        "non-finite depth": 1,
+        "non-positive depth": 1,
+        "pixel with two depths": 2,
+    }
+    assert dataset.skipped == {reason: points.get(reason, 1)}
+    assert [len(sample.queries) for sample in dataset] == ([3, 3 - points[reason], 3] if reason in points else [3, 3])
+
+
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
+def test_nesting_that_json_cannot_follow_is_broken(read):
+    nested = json.dumps(LINE)[:-1] + f', "more": {NESTED}}}'
+    with pytest.raises(ValueError, match=r"line 2: no valid JSON \(.*recursion"):
+        read(LINE, nested)
+    assert read(LINE, nested, on_error="skip").skipped == {"broken JSON": 1}
+
+
+def test_a_pixel_may_come_twice_with_the_same_depth(read):
+    line = LINE | {"pixel_coords": [[1, 2], [1, 2], [1.5, 2]], "depth": [3, 3, 4]}
+    assert len(read(line)[0].queries) == 3
+
+
+def test_normalised_intrinsics_are_bad_focal_lengths(read):
+    wide = LINE | {"image": "rgb/b.png", "intrinsics": [0.6, 0.69, 0.5, 0.5]}
+    with pytest.raises(
+        ValueError, match=r"line 2: the focal lengths are 0\.6 and 0\.69, with which an image of 16x12 sees"
+    ):
+        read(LINE, wide)
+    assert read(LINE, wide, on_error="skip").skipped == {"bad focal length": 1}
+    dataset = read(LINE | {"intrinsics": [0.6, 51, 7.5, 5.5]})
+    assert dataset.skipped == {"focal length repaired": 1} and dataset[0].camera == Camera(
+        51, 51, 7.5, 5.5, "unspecified"
+    )
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "sentence"),
     [
-        {"image": 3},
-        {"depth": ["1", "2", "3"]},
-        {"pixel_coords": [[1, 2], [3, 4], [5]]},
-        {"pixel_coords": [1, 2, 3]},
-        {"distance_type": "depth"},
-        {"valid_range": [1]},
-        {"intrinsics": ["50", "51", "7", "5"]},
+        ({"image": 3}, "image is 3 and must be the path"),
+        ({"depth": ["1", "2", "3"]}, "depth holds something that is no number"),
+        ({"depth": [1.5, 2, True]}, "depth holds something that is no number"),
+        ({"depth": None}, "depth is null and must be a list"),
+        (
+            {"pixel_coords": [[1, 2], [3, 4], [5]]},
+            r"pixel_coords are \[\[1, 2\], \[3, 4\], \[5\]\] and must be a list of \[x, y\]",
+        ),
+        ({"pixel_coords": [[1, 2], [3, 4], [5, False]]}, "pixel_coords holds something that is no number"),
+        ({"pixel_coords": [1, 2, 3]}, "must be a list of"),
+        ({"pixel_coords": 7}, "pixel_coords are 7 and"),
+        ({"distance_type": "depth"}, "distance_type is 'depth'"),
+        ({"distance_type": ["z"]}, "use one of z, planar"),
+        ({"valid_range": [1]}, r"valid_range is \[1\] and must be nearest and farthest"),
+        ({"valid_range": [NAN, 5]}, r"valid_range is \[NaN, 5\] and"),
+        ({"valid_range": [5, 1]}, r"valid_range is \[5, 1\] and"),
+        ({"valid_range": 5}, "valid_range is 5 and must be a list"),
+        ({"intrinsics": ["50", "51", "7", "5"]}, "intrinsics holds something that is no number"),
+        ({"intrinsics": None}, "intrinsics is null and must be a list of numbers"),
+        ({"intrinsics": [50, 51, 7, 10**400]}, "too large"),
+        ({"distortion": 0.1}, r"distortion is 0\.1 and must be a list of numbers"),
     ],
 )
-def test_what_has_another_form_is_malformed(read, changes):
+def test_what_has_another_form_is_malformed(read, changes, sentence):
+    with pytest.raises(ValueError, match=rf"line 2: malformed \(.*{sentence}.*\); DepthRecord\.to_json shows the form"):
+        read(LINE, LINE | changes)
     assert read(LINE, LINE | changes, on_error="skip").skipped == {"malformed line": 1}
     assert read(LINE, json.dumps([LINE]), on_error="skip").skipped == {"malformed line": 1}
 
@@ -179,9 +229,9 @@ def test_points_are_drawn_by_seed_and_index_alone(read):
     assert list(few.query_counts()) == [(sample.id, None) for sample in few for _ in sample.queries]
 
 
-def test_counts_open_no_image(read, folder):
+def test_counts_open_no_file(read, folder):
     dataset = read(LINE, LINE | {"image": "rgb/b.png"})
-    for path in (folder / "rgb").iterdir():
+    for path in (*(folder / "rgb").iterdir(), folder / "labels.jsonl"):
         path.unlink()
     assert list(dataset.query_counts()) == [("rgb/a.png", None)] * 3 + [("rgb/b.png", None)] * 3
     assert dataset.describe()["queries"] == 6
@@ -192,6 +242,18 @@ def test_images_need_not_be_there_until_they_are_loaded(read):
     assert dataset[0].size == (12, 16)
     with pytest.raises(ValueError, match=r"z\.png does not exist"):
         dataset[0].load_image()
+
+
+def test_images_that_are_cut_off_are_found_by_decoding(read, folder):
+    path = folder / "rgb" / "b.png"
+    Image.effect_noise((16, 12), 50).save(path)
+    path.write_bytes(path.read_bytes()[:120])
+    lines = (LINE, LINE | {"image": "rgb/b.png"})
+    assert len(read(*lines)) == len(read(*lines, check_images="header")) == 2
+    with pytest.raises(ValueError, match=r"line 2: image .*b\.png cannot be opened"):
+        read(*lines, check_images="decode")
+    dataset = read(*lines, check_images="decode", on_error="skip")
+    assert dataset.skipped == {"corrupt image": 1} and [sample.id for sample in dataset] == ["rgb/a.png"]
 
 
 def test_several_lines_and_files_of_one_image_are_told_apart(read, folder):
@@ -223,6 +285,7 @@ def test_a_file_that_changes_is_noticed(read, folder):
         ({"seed": -1}, "seed is -1"),
         ({"min_metres": 2, "max_metres": 1}, "hold no labels"),
         ({"on_error": "ignore"}, "on_error is 'ignore'"),
+        ({"check_images": "pixels"}, "check_images is 'pixels'; use header or decode"),
         ({"max_metres": 1}, "no line can be used, left out are .*depth out of range"),
     ],
 )

@@ -72,6 +72,10 @@ def test_arrays_become_builtin_numbers():
         ({"pixel_coords": [[1, 2], [3, 4]]}, "2 pixels do not fit 1 depths"),
         ({"depth": [0]}, "positive metres"),
         ({"depth": [None]}, "finite"),
+        ({"depth": [True]}, "finite"),
+        ({"valid_range": [5, 1]}, r"valid_range is \[5, 1\]; give nearest < farthest"),
+        ({"valid_range": [1]}, r"valid_range is \[1\]"),
+        ({"valid_range": [float("nan"), 5]}, "finite"),
         ({"distance": "z"}, "planar, ray or unspecified"),
     ],
 )
@@ -82,8 +86,9 @@ def test_what_is_no_label_is_refused(fields, sentence):
 
 def test_a_missing_field_and_a_wrong_word_are_named():
     content = record().to_json()
-    with pytest.raises(ValueError, match="distance_type is 'depth'"):
-        DepthRecord.from_json(content | {"distance_type": "depth"})
+    for word in ("depth", ["z"]):
+        with pytest.raises(ValueError, match=r"distance_type is .*; use one of z, planar"):
+            DepthRecord.from_json(content | {"distance_type": word})
     del content["depth"]
     with pytest.raises(ValueError, match="lacks the field 'depth'"):
         DepthRecord.from_json(content)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmseg_llm.data import Concat
 from mmseg_llm.data.base import SampleDataset
 from mmseg_llm.data.depth.questions import GIVEN, QuestionDataset
 from mmseg_llm.questions import QUESTIONS, measure
@@ -67,6 +68,8 @@ def test_draws_depend_on_seed_and_index_only():
     first, again, other = (QuestionDataset(Points(), TASKS, per_image=9, seed=seed) for seed in (0, 0, 1))
     assert first[2] == again[2] == first[-1] != other[2]
     assert list(first.query_counts()) == [(str(i), None) for i in range(3) for _ in range(9)]
+    twice = QuestionDataset(Concat([Points()], repeats=(2,)), TASKS, per_image=9)
+    assert twice.describe()["queries"] == sum(len(sample.queries) for sample in twice) == 54
     assert first.name == "points/depth+planar_depth+two_point_distance+speed+time"
     with pytest.raises(IndexError):
         first[3]

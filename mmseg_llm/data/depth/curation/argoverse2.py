@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mmseg_llm.cameras import Camera
-from mmseg_llm.data.depth.curation.base import Curator, Frame, View, each_frame, folder_of, need
+from mmseg_llm.data.depth.curation.base import Curator, Frame, View, each_frame, folder_of, lacking, need
 from mmseg_llm.data.depth.curation.lidar import camera_from_lidar, move, project, rigid
 from mmseg_llm.data.depth.points import Unusable, image_size
 
@@ -35,7 +35,7 @@ class Argoverse2(Curator):
     name = "argoverse2"
     distance = "ray"
     valid_range = (1.0, 250.0)
-    label_source = "nearest lidar sweep, ego-motion compensated, occlusion tested (8 px, 10 %)"
+    label_source = "nearest lidar sweep, ego-motion compensated, occlusion tested above and below (8 px, 10 %)"
     splits = ("train", "val", "test")
     split_rule = "official: folders of logs"
 
@@ -49,8 +49,11 @@ class Argoverse2(Curator):
 
 def _log(root: Path, log: Path) -> Iterator[Frame]:
     sweeps = np.array(sorted(int(path.stem) for path in (log / "sensors" / "lidar").glob("*.feather")), np.int64)
+    images = {camera: list((log / "sensors" / "cameras" / camera).glob("*.jpg")) for camera in CAMERAS}
+    if not any(images.values()):
+        yield lacking(log.relative_to(root).as_posix(), log.name, "image", f"{log} has no image of a ring camera")
     for camera in CAMERAS:
-        for image in sorted((log / "sensors" / "cameras" / camera).glob("*.jpg"), key=lambda path: int(path.stem)):
+        for image in sorted(images[camera], key=lambda path: int(path.stem)):
             view = partial(_view, log, camera, image, sweeps)
             yield Frame(image.relative_to(root).as_posix(), log.name, view, camera_name=camera)
 

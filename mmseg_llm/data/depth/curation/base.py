@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import importlib
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from PIL import Image
 
 from mmseg_llm.cameras import Camera, Distance
 from mmseg_llm.data.depth.points import Unusable
@@ -132,8 +135,35 @@ def scene_rule(val_share: float) -> str:
     return f"val: scenes whose SHA-256 is below {val_share:g} of its range; train: the others"
 
 
-BROKEN = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile)
+BROKEN = (
+    *(OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, SyntaxError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, Image.DecompressionBombError),
+)
 """What files raise that are missing, cut off or of another kind."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say which file it is that has not the form of its dataset.
+
+    Raises:
+        ValueError: for all that reading it raises.
+    """
+    try:
+        yield
+    except BROKEN as error:
+        raise ValueError(
+            f"{path} has not the form of its dataset ({type(error).__name__}: {error}); download it again"
+        ) from error
+
+
+def lacking(image: str, scene: str, what: str, sentence: str, camera_name: str = "") -> Frame:
+    """A frame that is counted as `missing <what>` when it is looked at."""
+
+    def fail() -> View:
+        raise Unusable(sentence, f"missing {what}")
+
+    return Frame(image, scene, fail, camera_name=camera_name)
 
 
 def each_frame(scene: str, frames: Callable[[], Iterable[Frame]]) -> Iterator[Frame]:

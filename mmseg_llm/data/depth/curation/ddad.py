@@ -14,9 +14,9 @@ import numpy as np
 
 from mmseg_llm.cameras import Camera
 from mmseg_llm.data.base import read_json
-from mmseg_llm.data.depth.curation.base import Curator, Frame, View, each_frame
+from mmseg_llm.data.depth.curation.base import Curator, Frame, View, each_frame, lacking, reading
 from mmseg_llm.data.depth.curation.lidar import inverse, move, project, rigid
-from mmseg_llm.data.depth.points import image_size
+from mmseg_llm.data.depth.points import Unusable, image_size
 
 CAMERAS = tuple(f"CAMERA_{number:02d}" for number in (1, 5, 6, 7, 8, 9))
 LIDAR = "LIDAR"
@@ -30,31 +30,34 @@ class Ddad(Curator):
     name = "ddad"
     distance = "planar"
     valid_range = (0.5, 250.0)
-    label_source = "lidar, ego-motion compensated, occlusion tested (3 px, 10 %)"
+    label_source = "lidar, ego-motion compensated, occlusion tested above and below (3 px, 10 %)"
     splits = ("train", "val")
     split_rule = "official: scene_splits of ddad.json"
 
     def frames(self, root: Path, split: str) -> Iterator[Frame]:
         """Six per sample, scene by scene."""
         path = root / "ddad.json"
-        places = read_json(path).get("scene_splits", {})
-        key = str(self.splits.index(split))  # of the enumeration TRAIN, VAL
-        if key not in places:
+        content, key = read_json(path), str(self.splits.index(split))  # of the enumeration TRAIN, VAL
+        with reading(path):
+            places = content.get("scene_splits", {})
+            names = [str(PurePosixPath(name)) for name in places[key]["filenames"]] if key in places else None
+        if names is None:
             raise ValueError(f"{path} has no scene split {key} ({split}); download it again")
-        for name in places[key]["filenames"]:
+        for name in names:
             yield from each_frame(str(PurePosixPath(name).parent), partial(_scene, root, name))
 
 
 def _scene(root: Path, name: str) -> Iterator[Frame]:
     content, folder = read_json(root / name), PurePosixPath(name).parent
     data = {row["key"]: row for row in content["data"]}
-    for sample in content["samples"]:
+    for number, sample in enumerate(content["samples"]):
         rows = {data[key]["id"]["name"].upper(): data[key]["datum"] for key in sample["datum_keys"] if key in data}
-        if LIDAR not in rows:
-            continue
         calibration = root / folder / "calibration" / f"{sample['calibration_key']}.json"
-        for camera in (camera for camera in CAMERAS if camera in rows):
-            image, cloud = rows[camera]["image"], rows[LIDAR]["point_cloud"]
+        cameras = [camera for camera in CAMERAS if camera in rows]
+        if not cameras:
+            yield lacking(f"{folder}, sample {number}", str(folder), "image", "its sample has no camera")
+        for camera in cameras:
+            image, cloud = rows[camera]["image"], rows.get(LIDAR, {}).get("point_cloud")
             view = partial(_view, root / folder, camera, image, cloud, calibration)
             yield Frame(f"{folder}/{image['filename']}", str(folder), view, camera_name=camera)
 
@@ -80,7 +83,9 @@ def _pose(content: dict[str, dict[str, float]]) -> np.ndarray:
     )
 
 
-def _view(folder: Path, name: str, image: dict[str, Any], cloud: dict[str, Any], calibration: Path) -> View:
+def _view(folder: Path, name: str, image: dict[str, Any], cloud: dict[str, Any] | None, calibration: Path) -> View:
+    if cloud is None:
+        raise Unusable("its sample has no lidar", "missing lidar")
     size = image_size(folder / image["filename"])
     values = _intrinsics(calibration)[name]
     camera = Camera(values["fx"], values["fy"], values["cx"], values["cy"], "planar")

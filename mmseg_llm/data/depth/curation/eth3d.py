@@ -13,13 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from mmseg_llm.cameras import Camera
-from mmseg_llm.data.depth.curation.base import Curator, Frame, View, each_frame
+from mmseg_llm.data.depth.curation.base import Curator, Frame, View, each_frame, lacking
 from mmseg_llm.data.depth.curation.reading import labelled
 from mmseg_llm.data.depth.curation.thin_prism import thin_prism_rays
 from mmseg_llm.data.depth.points import Unusable, image_size
 from mmseg_llm.masks import Size
 
 CALIBRATION = "dslr_calibration_jpg"
+PARTS = ("images", CALIBRATION, "ground_truth_depth")
+"""Folders of a scene, any of which makes it one."""
 
 
 class Lens(NamedTuple):
@@ -51,8 +53,12 @@ class Eth3d(Curator):
 
     def frames(self, root: Path, split: str) -> Iterator[Frame]:
         """One per line of `images.txt`, scene by scene. Image and depth have the same path, so no scene takes another's depth."""
-        for path in sorted(root.glob(f"*/{CALIBRATION}/images.txt")):
-            yield from each_frame(path.parents[1].name, partial(_scene, path))
+        for folder in sorted({path.parent for name in PARTS for path in root.glob(f"*/{name}")}):
+            path = folder / CALIBRATION / "images.txt"
+            if path.is_file():
+                yield from each_frame(folder.name, partial(_scene, path))
+            else:
+                yield lacking(folder.name, folder.name, "calibration", f"{path} does not exist")
 
 
 def _scene(path: Path) -> Iterator[Frame]:

@@ -8,6 +8,7 @@ Legend: N points, H W pixels of the image.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -71,30 +72,35 @@ def camera_from_lidar(
 def visible_points(
     pixels: np.ndarray, depth: np.ndarray, size: Size, radius: int = 8, tolerance: float = 0.1
 ) -> np.ndarray:
-    """Which points `(N,)` are seen: the nearest of their pixel, with nothing much nearer around it.
+    """Which points `(N,)` are seen: the nearest of their pixel, unless clearly nearer points lie both above and below them.
 
     A lidar is mounted elsewhere than the camera, so it sees behind what the camera sees; its points are sparse, so what hides a
-    point is looked for in the pixels around it (a z-buffer with a minimum over a square).
+    point is looked for in the pixels around it. What stands in front of a point goes on above and below it. Ground is nearer
+    below only: far away its rings are less than a few pixels apart, and they hide nothing.
 
     Args:
         pixels: `(N, 2)` ints inside the image.
         depth: `(N,)` metres.
         size: `(H, W)` of the image.
-        radius: half side of the square, in pixels.
-        tolerance: a point is hidden by one that is nearer by more than this share of its depth.
+        radius: how many pixels above, below, left and right are looked at.
+        tolerance: a point is clearly nearer than another by more than this share of the other's depth.
     """
     import cv2
 
-    buffer = np.full(size, np.inf, np.float32)
+    height, width = size
+    buffer = np.full((height + 2, width), np.finfo(np.float32).max, np.float32)  # a row above and a row below the image
     x, y, depth = pixels[:, 0], pixels[:, 1], np.asarray(depth, np.float32)
-    np.minimum.at(buffer, (y, x), depth)
-    is_nearest = np.zeros(len(depth), bool)
+    np.minimum.at(buffer, (y + 1, x), depth)
+    is_seen = np.zeros(len(depth), bool)
     by_depth = np.argsort(depth, kind="stable")
-    _, first = np.unique((y * size[1] + x)[by_depth], return_index=True)
-    is_nearest[by_depth[first]] = True
-    kernel = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
-    around = cv2.erode(buffer, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=float(np.finfo(np.float32).max))
-    return is_nearest & (depth * (1 - tolerance) <= around[y, x])
+    _, first = np.unique((y * width + x)[by_depth], return_index=True)
+    is_seen[by_depth[first]] = True
+    if radius:
+        kernel = np.ones((radius, 2 * radius + 1), np.uint8)
+        look = partial(cv2.erode, buffer, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=float(buffer[0, 0]))
+        up, down = look(anchor=(radius, radius - 1)), look(anchor=(radius, 0))  # the nearest of a row and those beyond
+        is_seen &= depth * (1 - tolerance) <= np.maximum(up[y, x], down[y + 2, x])
+    return is_seen
 
 
 def project(

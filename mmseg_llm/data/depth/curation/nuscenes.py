@@ -14,11 +14,20 @@ import numpy as np
 
 from mmseg_llm.cameras import Camera
 from mmseg_llm.data.base import read_json
-from mmseg_llm.data.depth.curation.base import Curator, Frame, View
+from mmseg_llm.data.depth.curation.base import Curator, Frame, View, lacking, reading
 from mmseg_llm.data.depth.curation.lidar import camera_from_lidar, move, project, rigid
-from mmseg_llm.data.depth.points import image_size
+from mmseg_llm.data.depth.points import Unusable, image_size
 
 LIDAR = "LIDAR_TOP"
+FIELDS = {
+    "scene": ("token", "name"),
+    "sample": ("token", "scene_token", "timestamp"),
+    "sensor": ("token", "channel"),
+    "calibrated_sensor": ("token", "sensor_token", "rotation", "translation", "camera_intrinsic"),
+    "ego_pose": ("token", "rotation", "translation"),
+}
+"""Tables that are needed, and their fields."""
+DATA_FIELDS = ("sample_token", "ego_pose_token", "calibrated_sensor_token", "filename", "is_key_frame")
 MINI = frozenset({61, 103, 553, 655, 757, 796, 916, 1077, 1094, 1100})
 _VAL = (
     "3 12-18 35-36 38-39 92-110 221 268-278 329-332 344-346 519-524 552-565 625-627 629-630 632-638 770-771 775 777-778 "
@@ -41,7 +50,7 @@ class NuScenes(Curator):
     name = "nuscenes"
     distance = "planar"
     valid_range = (1.0, 200.0)
-    label_source = "LIDAR_TOP of the keyframe, ego-motion compensated, occlusion tested (8 px, 10 %)"
+    label_source = "LIDAR_TOP of the keyframe, ego-motion compensated, occlusion tested above and below (8 px, 10 %)"
     splits = ("train", "val", "mini", "all")
     split_rule = "official scenes of train and val, train without the ten of mini; mini: v1.0-mini; all: v1.0-trainval"
 
@@ -50,13 +59,30 @@ class NuScenes(Curator):
         tables = _Tables(root, "v1.0-mini" if split == "mini" else "v1.0-trainval")
         for scene, rows in tables.keyframes():
             number = int(scene.rpartition("-")[2])
-            is_wanted = {"train": number not in VAL | MINI, "val": number in VAL}.get(split, True)
-            if not is_wanted or LIDAR not in rows:
+            if not {"train": number not in VAL | MINI, "val": number in VAL}.get(split, True):
                 continue
-            for channel in sorted(name for name in rows if name.startswith("CAM_")):
+            channels = sorted(name for name in rows if name.startswith("CAM_"))
+            if not channels:
+                token = next(iter(rows.values()))["sample_token"]
+                yield lacking(f"{scene}, sample {token}", scene, "image", "its keyframe has no camera")
+            for channel in channels:
                 row = rows[channel]
-                view = partial(_view, root, tables, row, rows[LIDAR])
+                view = partial(_view, root, tables, row, rows.get(LIDAR))
                 yield Frame(row["filename"], scene, view, camera_name=channel)
+
+
+def _rows(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The rows of a table.
+
+    Raises:
+        ValueError: if they are no rows, or one lacks a field.
+    """
+    rows = read_json(path)
+    with reading(path):
+        for row in rows:
+            for field in fields:
+                row[field]
+        return list(rows)
 
 
 class _Tables:
@@ -64,20 +90,27 @@ class _Tables:
 
     def __init__(self, root: Path, version: str) -> None:
         folder = root / version
-        names = ("scene", "sample", "sensor", "calibrated_sensor", "ego_pose")
-        self.rows = {name: {row["token"]: row for row in read_json(folder / f"{name}.json")} for name in names}
-        self.data = [row for row in read_json(folder / "sample_data.json") if row["is_key_frame"]]
+        self.folder = folder
+        self.rows = {
+            name: {row["token"]: row for row in _rows(folder / f"{name}.json", fields)}
+            for name, fields in FIELDS.items()
+        }
+        self.data = [row for row in _rows(folder / "sample_data.json", DATA_FIELDS) if row["is_key_frame"]]
+        with reading(folder / "scene.json"):
+            for row in self.rows["scene"].values():
+                int(row["name"].rpartition("-")[2])  # scene-0103
 
     def keyframes(self) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
         """Scene name and rows by channel of every keyframe, by scene and time."""
         by_sample: dict[str, dict[str, dict[str, Any]]] = {}
-        for row in self.data:
-            sensor = self.rows["calibrated_sensor"][row["calibrated_sensor_token"]]["sensor_token"]
-            by_sample.setdefault(row["sample_token"], {})[self.rows["sensor"][sensor]["channel"]] = row
         found = []
-        for token, rows in by_sample.items():
-            sample = self.rows["sample"][token]
-            found.append((self.rows["scene"][sample["scene_token"]]["name"], sample["timestamp"], rows))
+        with reading(self.folder / "sample_data.json"):
+            for row in self.data:
+                sensor = self.rows["calibrated_sensor"][row["calibrated_sensor_token"]]["sensor_token"]
+                by_sample.setdefault(row["sample_token"], {})[self.rows["sensor"][sensor]["channel"]] = row
+            for token, rows in by_sample.items():
+                sample = self.rows["sample"][token]
+                found.append((self.rows["scene"][sample["scene_token"]]["name"], sample["timestamp"], rows))
         found.sort(key=lambda item: item[:2])
         return ((scene, rows) for scene, _, rows in found)
 
@@ -96,7 +129,9 @@ def _sweep(path: Path) -> np.ndarray:
     return np.fromfile(path, np.float32).reshape(-1, 5)[:, :3]
 
 
-def _view(root: Path, tables: _Tables, row: dict[str, Any], lidar: dict[str, Any]) -> View:
+def _view(root: Path, tables: _Tables, row: dict[str, Any], lidar: dict[str, Any] | None) -> View:
+    if lidar is None:
+        raise Unusable(f"its keyframe has no {LIDAR}", "missing lidar")
     size = image_size(root / row["filename"])
     (fx, _, cx), (_, fy, cy), _ = tables.mount(row)["camera_intrinsic"]
     camera = Camera(fx, fy, cx, cy, "planar")

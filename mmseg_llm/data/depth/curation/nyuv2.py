@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmseg_llm.cameras import Camera
-from mmseg_llm.data.depth.curation.base import Curator, Frame, View, need
+from mmseg_llm.data.depth.curation.base import Curator, Frame, View, need, reading
 from mmseg_llm.data.depth.curation.reading import labelled
 
 FILE = "nyu_depth_v2_labeled.mat"
@@ -41,7 +41,7 @@ class NyuV2(Curator):
         path = root / FILE
         if not path.is_file():
             raise ValueError(f"{path} does not exist; download the labelled dataset of NYU Depth v2 into {root}")
-        with h5py.File(path) as file:
+        with reading(path), h5py.File(path) as file:
             count = len(file["images"])
             names = file["scenes"][()].ravel()
             scenes = ["".join(map(chr, np.asarray(file[name]).ravel())) for name in names]
@@ -61,7 +61,9 @@ def read_split(root: Path, split: str, count: int) -> list[int]:
         raise ValueError(
             f"{path} does not exist; download splits.mat of NYU Depth v2 into {root}, or take the split 'all'"
         )
-    content: dict[str, Any] = need("scipy.io", "splits.mat of NYU Depth v2").loadmat(path)
+    matlab = need("scipy.io", "splits.mat of NYU Depth v2")
+    with reading(path):
+        content: dict[str, Any] = matlab.loadmat(path)
     key = f"{split}Ndxs"
     if key not in content:
         raise ValueError(f"{path} lacks '{key}'; download splits.mat of NYU Depth v2 again")

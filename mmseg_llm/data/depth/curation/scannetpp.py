@@ -23,6 +23,7 @@ from mmseg_llm.data.depth.curation.base import (
     each_frame,
     folder_of,
     is_in_split,
+    lacking,
     scene_rule,
 )
 from mmseg_llm.data.depth.curation.reading import read_values
@@ -51,7 +52,7 @@ class ScanNetPP(Curator):
     def frames(self, root: Path, split: str) -> Iterator[Frame]:
         """Scene by scene, by number."""
         folder = folder_of(root / "data", "give the folder of ScanNet++ that holds data/<scene>/iphone")
-        for path in sorted(folder.glob("*/iphone")):
+        for path in sorted(path / "iphone" for path in folder.iterdir() if path.is_dir()):
             scene = path.parent.name
             if is_in_split(scene, split, VAL_SHARE):
                 yield from each_frame(scene, partial(_scene, root, path, scene))
@@ -59,6 +60,8 @@ class ScanNetPP(Curator):
 
 def _scene(root: Path, folder: Path, scene: str) -> Iterator[Frame]:
     images, depths, masks = (_by_number(folder / name) for name in ("rgb", "depth", "rgb_masks"))
+    if not images:
+        yield lacking(folder.relative_to(root).as_posix(), scene, "image", f"{folder / 'rgb'} holds no frame_*")
     for number in sorted(images)[::EVERY]:
         image = images[number]
         view = partial(_view, folder, number, image, depths.get(number), masks.get(number), bool(masks))

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from mmseg_llm.cameras import Camera
-from mmseg_llm.data.depth.curation.base import BY_SCENE, Curator, Frame, View, is_in_split, scene_rule
+from mmseg_llm.data.depth.curation.base import BY_SCENE, Curator, Frame, View, is_in_split, lacking, scene_rule
 from mmseg_llm.data.depth.curation.reading import labelled, read_numbers, read_values
 from mmseg_llm.data.depth.points import Unusable, image_size
 
@@ -38,13 +38,17 @@ class SunRgbd(Curator):
     depth_folder = "depth_bfx"
 
     def frames(self, root: Path, split: str) -> Iterator[Frame]:
-        """One per folder with intrinsics, by path."""
-        for path in sorted(root.rglob("intrinsics.txt")):
-            folder = path.parent.relative_to(root).as_posix()
+        """One per folder with intrinsics or an image, by path."""
+        marks = {*root.rglob("intrinsics.txt"), *(path for path in root.rglob("image") if path.is_dir())}
+        for path in sorted({mark.parent for mark in marks}):
+            folder = path.relative_to(root).as_posix()
             scene = scene_of(folder)
             if self.includes(folder) and is_in_split(scene, split, VAL_SHARE):
-                for image in sorted((path.parent / "image").glob("*.jpg")):
-                    view = partial(_view, path.parent, image, self.depth_folder)
+                images = sorted((path / "image").glob("*.jpg"))
+                if not images:
+                    yield lacking(f"{folder}/image", scene, "image", "there is no JPEG in it")
+                for image in images:
+                    view = partial(_view, path, image, self.depth_folder)
                     yield Frame(f"{folder}/image/{image.name}", scene, view)
 
     def includes(self, folder: str) -> bool:
@@ -81,6 +85,8 @@ def scene_of(folder: str) -> str:
 
 def _view(folder: Path, image: Path, depth_folder: str) -> View:
     size = image_size(image)
+    if not (folder / "intrinsics.txt").is_file():
+        raise Unusable(f"{folder} has no intrinsics.txt", "missing intrinsics")
     numbers = read_numbers(folder / "intrinsics.txt", 9)
     fx, fy, cx, cy = (numbers[place] for place in (0, 4, 2, 5))
     files = sorted((folder / depth_folder).glob("*.png"))

@@ -33,7 +33,8 @@ class Waymo(Curator):
     distance = "ray"
     valid_range = (1.0, 200.0)
     label_source = (
-        "first lidar returns in lidar_camera_projection, ego-motion compensated, occlusion tested (8 px, 10 %)"
+        "first lidar returns in lidar_camera_projection, ego-motion compensated, "
+        "occlusion tested above and below (8 px, 10 %)"
     )
     splits = ("train", "val")
     split_rule = "official: folders of segments"

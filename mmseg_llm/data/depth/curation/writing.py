@@ -1,7 +1,7 @@
 """Where curated records go: a JSONL file that a later call goes on with, and the statistics beside it.
 
 Beside `x.jsonl`, `x.jsonl.rules.json` says how its lines are made, and a call with other rules is refused;
-`x.jsonl.stats.json` says what is in it.
+`x.jsonl.stats.json` says what is in it. While it is open the file is locked, where the system can do that.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -51,7 +52,8 @@ class Depths:
 
 
 class RecordFile:
-    """A JSONL file of depth records, opened to write what it does not hold yet. A line that was written in part is taken away.
+    """A JSONL file of depth records, opened to write what it does not hold yet, by one process at a time; a context manager. A
+    line that was written in part is taken away.
 
     Args:
         path: JSONL file; its folder is made.
@@ -62,7 +64,7 @@ class RecordFile:
         depths: what they hold.
 
     Raises:
-        ValueError: for a file that is damaged, or whose rules are unknown or others.
+        ValueError: for a file that is damaged, that another process writes, or whose rules are unknown or others.
     """
 
     def __init__(self, path: Path, rules: dict[str, Any]) -> None:
@@ -72,18 +74,37 @@ class RecordFile:
         self.depths = Depths()
         path.parent.mkdir(parents=True, exist_ok=True)
         rules = json.loads(json.dumps(rules))
-        if path.is_file() and path.stat().st_size:
-            self._check(rules)
-            os.truncate(path, self._scan())
-        else:
-            replace_file(self.rules_path, json.dumps(rules, indent=2).encode())
-            path.touch()
+        self._file = path.open("ab")
+        try:
+            if not _lock(self._file):
+                raise ValueError(f"{path} is being written by another process; wait for it, or give another output")
+            if path.stat().st_size:
+                self._check(rules)
+                os.truncate(path, self._scan())
+            else:
+                replace_file(self.rules_path, json.dumps(rules, indent=2).encode())
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> RecordFile:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file and let others write it; one without records is taken away."""
+        if not self.images:
+            self.path.unlink(missing_ok=True)
+            self.rules_path.unlink(missing_ok=True)
+        self._file.close()
 
     def append(self, record: DepthRecord) -> None:
         """Write one record."""
         line = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode())
+        self._file.write(line.encode())
+        self._file.flush()
         self._count(record)
 
     def _count(self, record: DepthRecord) -> None:
@@ -99,8 +120,11 @@ class RecordFile:
                 if not line.endswith(b"\n"):
                     break  # written in part
                 try:
-                    self._count(DepthRecord.from_json(json.loads(line)))
-                except (ValueError, TypeError) as error:
+                    record = DepthRecord.from_json(json.loads(line))
+                    if record.image in self.images:
+                        raise ValueError(f"image '{record.image}' is there twice")
+                    self._count(record)
+                except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
                     raise ValueError(f"{self.path}, line {number}: {error}; {self._remedy()}") from error
                 end += len(line)
         return end
@@ -125,6 +149,21 @@ class RecordFile:
 
     def _remedy(self) -> str:
         return f"give another output, or delete {self.path} to start again"
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed; False if another process has. True where system or file system know no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system without locks
+        return True
+    return True
 
 
 def replace_file(path: Path, content: bytes) -> None:

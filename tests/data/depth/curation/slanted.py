@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from mmseg_llm.cameras import Camera
+from mmseg_llm.data.depth.curation import curate
+from mmseg_llm.data.depth.jsonl import DepthJsonlDataset
+
+MIXTURE = Path(__file__).parents[4] / "configs" / "data" / "depth_mixture.yaml"
 
 
 class Plane(NamedTuple):
@@ -81,3 +86,27 @@ def expected(record: dict, plane: Plane = PLANE) -> np.ndarray:
     rays = pinhole_rays(pixels, *record["intrinsics"][:4])
     depth = plane.along_axis(rays)
     return depth if record["distance_type"] == "z" else depth * np.sqrt((rays**2).sum(-1))
+
+
+def sun_rooms(root: Path, count: int = 8) -> None:
+    """SUN RGB-D frames of four rooms, 2 m away everywhere."""
+    for number in range(count):
+        folder = root / "xtion" / "sun3ddata" / f"room{number % 4}" / f"frame{number}"
+        picture(folder / "image" / "0.jpg")
+        (folder / "intrinsics.txt").write_text("60 0 30 0 62 22 0 0 1")
+        (folder / "depth_bfx").mkdir()
+        Image.fromarray(np.full((48, 64), 2000 << 3, np.uint16)).save(folder / "depth_bfx" / "0.png")
+
+
+def open_as_configured(root: Path, name: str, split: str) -> DepthJsonlDataset:
+    """Curate `root/data/raw/<name>` as the head of `depth_mixture.yaml` says, and open it as its part for the dataset does."""
+    annotations = f"data/depth/{name}_{split}.jsonl"
+    curate(name, root / "data" / "raw" / name, root / annotations, split)
+
+    def parts(content: object) -> list[dict]:
+        inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+        own = [content] if isinstance(content, dict) and content.get("annotations") == annotations else []
+        return own + [part for value in inner for part in parts(value)]
+
+    (part,) = parts(yaml.safe_load(MIXTURE.read_text()))
+    return DepthJsonlDataset(**part | {key: root / part[key] for key in ("annotations", "images")})

@@ -1,7 +1,22 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
-from slanted import PLANE, Plane, as_json, expected, grid, labels, moved, picture, pinhole_rays, read
+from slanted import (
+    PLANE,
+    Plane,
+    as_json,
+    expected,
+    grid,
+    labels,
+    moved,
+    open_as_configured,
+    picture,
+    pinhole_rays,
+    read,
+)
 
 from mmseg_llm.data.depth.curation import curate
 from mmseg_llm.data.depth.curation.nuscenes import MINI, VAL
@@ -117,6 +132,46 @@ def test_a_missing_nuscenes_sweep_is_counted_and_the_rest_is_done(tmp_path):
         curate("nuscenes", tmp_path / "n", tmp_path / "b.jsonl", "train", on_error="raise")
 
 
+def test_nuscenes_is_opened_by_the_mixture_as_it_is_curated(tmp_path):
+    nuscenes(tmp_path / "data" / "raw" / "nuscenes")
+    dataset = open_as_configured(tmp_path, "nuscenes", "train")
+    assert [sample.load_image().size for sample in dataset] == [(64, 48)] and dataset.skipped == {}
+
+
+def change(path, change_row):
+    rows = json.loads(path.read_text())
+    as_json(path, [row for row in rows if change_row(row) is not False])
+
+
+def test_nuscenes_keyframes_without_a_sensor_are_counted(tmp_path):
+    nuscenes(tmp_path / "n", ["scene-0001", "scene-0002", "scene-0004"])
+    gone = ("samples/LIDAR_TOP/scene-0001.pcd.bin", "samples/CAM_FRONT/scene-0002.jpg")
+    change(tmp_path / "n/v1.0-trainval/sample_data.json", lambda row: row["filename"] not in gone)
+    stats = curate("nuscenes", tmp_path / "n", tmp_path / "out.jsonl", "train")
+    assert stats["skipped"] == {"missing image": 1, "missing lidar": 1} and stats["frames"] == 1
+
+
+@pytest.mark.parametrize(
+    ("table", "content", "cause"),
+    [
+        ("scene", [{"token": "t-scene-0001"}], "'name'"),
+        ("scene", [{"token": "t-scene-0001", "name": "scene"}], "invalid literal"),
+        ("sample", [], "KeyError"),  # named by sample_data, which does not fit it
+        ("sensor", [3], "TypeError"),
+        ("ego_pose", {"rows": []}, "TypeError"),
+        ("sample_data", 3, "TypeError"),
+    ],
+)
+def test_nuscenes_tables_of_another_form_are_named(tmp_path, table, content, cause):
+    nuscenes(tmp_path / "n")
+    as_json(tmp_path / f"n/v1.0-trainval/{table}.json", content)
+    name = "sample_data" if table == "sample" else table
+    with pytest.raises(
+        ValueError, match=rf"{name}\.json has not the form of its dataset \(.*{cause}.*download it again"
+    ):
+        curate("nuscenes", tmp_path / "n", tmp_path / "out.jsonl", "all")
+
+
 # DDAD
 
 
@@ -166,6 +221,34 @@ def test_a_broken_ddad_scene_is_counted(tmp_path):
     )
     stats = curate("ddad", tmp_path / "d", tmp_path / "out.jsonl", "train")
     assert stats["skipped"] == {"unreadable scene": 1} and stats["frames"] == 1
+
+
+def test_ddad_samples_without_a_sensor_and_images_elsewhere_are_counted(tmp_path):
+    ddad(tmp_path / "d", [f"00000{number}" for number in range(4)])
+    as_json(
+        tmp_path / "d/ddad.json",
+        {"scene_splits": {"0": {"filenames": [f"00000{number}/scene_x.json" for number in range(4)]}}},
+    )
+    for number, keys in ((1, ["a"]), (2, ["b"])):
+        path = tmp_path / f"d/00000{number}/scene_x.json"
+        content = json.loads(path.read_text())
+        content["samples"][0]["datum_keys"] = keys
+        as_json(path, content)
+    shutil.copy(tmp_path / "d/000003/rgb/CAMERA_05/7.png", tmp_path / "7.png")
+    path = tmp_path / "d/000003/scene_x.json"
+    path.write_text(path.read_text().replace("rgb/CAMERA_05/7.png", "../../7.png"))
+    stats = curate("ddad", tmp_path / "d", tmp_path / "out.jsonl", "train")
+    assert stats["skipped"] == {"missing image": 1, "missing lidar": 1, "path out of the folder": 1}
+    assert [record["scene_id"] for record in read(tmp_path / "out.jsonl")] == ["000000"]
+
+
+@pytest.mark.parametrize("content", [[], {"scene_splits": []}, {"scene_splits": {"0": {}}}, {"scene_splits": {"0": 3}}])
+def test_a_ddad_index_of_another_form_is_named(tmp_path, content):
+    as_json(tmp_path / "ddad.json", content)
+    with pytest.raises(
+        ValueError, match=r"ddad\.json ha(s not the form of its dataset|s no scene split).*download it again"
+    ):
+        curate("ddad", tmp_path, tmp_path / "out.jsonl", "train")
 
 
 # Argoverse 2
@@ -227,6 +310,15 @@ def test_one_failing_argoverse_frame_does_not_stop_its_camera(tmp_path):
     stats = curate("argoverse2", root, tmp_path / "out.jsonl", "train")
     assert stats["skipped"] == {"corrupt image": 1, "no lidar sweep nearby": 1, "no pose of the vehicle": 1}
     assert stats["frames"] == 1
+
+
+def test_an_argoverse_log_without_cameras_is_counted(tmp_path):
+    root = argoverse(tmp_path / "data" / "raw" / "argoverse2", ["log-a", "log-b"])
+    shutil.rmtree(root / "train/log-b/sensors/cameras")
+    dataset = open_as_configured(tmp_path, "argoverse2", "train")
+    assert [sample.load_image().size for sample in dataset] == [(64, 48)]
+    stats = json.loads((tmp_path / "data/depth/argoverse2_train.jsonl.stats.json").read_text())
+    assert stats["skipped"] == {"missing image": 1} and "log-b" in stats["first_skipped"]["missing image"]
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):

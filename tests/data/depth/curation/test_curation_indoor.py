@@ -1,9 +1,10 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
-from slanted import PLANE, as_json, expected, grid, labels, picture, pinhole_rays, png8, png16, read
+from slanted import PLANE, as_json, expected, grid, labels, open_as_configured, picture, pinhole_rays, png8, png16, read
 
 from mmseg_llm.data.depth.curation import curate
 from mmseg_llm.data.depth.curation.sunrgbd import decode, scene_of
@@ -41,6 +42,12 @@ def test_ibims_is_planar_and_has_no_label_under_a_mask(tmp_path):
         np.testing.assert_allclose(metres, expected(record), atol=50 / 65535)
         np.testing.assert_allclose(metres * 65535 / 50, np.round(metres * 65535 / 50), atol=1e-6)
     assert (stats["frames"], stats["points"], stats["scenes"]) == (3, 300, 2)
+
+
+def test_ibims_is_opened_by_the_mixture_as_it_is_curated(tmp_path):
+    ibims(tmp_path / "data" / "raw" / "ibims1")
+    dataset = open_as_configured(tmp_path, "ibims1", "test")
+    assert len(dataset) == 3 and dataset.skipped == {} and dataset[0].load_image().size == (64, 48)
 
 
 def test_ibims_takes_a_matrix_as_calibration_too(tmp_path):
@@ -328,3 +335,48 @@ def test_a_depth_of_another_size_is_counted(tmp_path):
     png16(tmp_path / "ibims" / "depth" / "lab_01.png", np.ones((4, 4)))
     assert curate("ibims1", tmp_path / "ibims", tmp_path / "b.jsonl", "test")["skipped"] == {"depth of another size": 1}
     assert json.loads((tmp_path / "b.jsonl.stats.json").read_text())["skipped"] == {"depth of another size": 1}
+
+
+def test_an_eth3d_scene_without_calibration_is_counted(tmp_path):
+    eth3d(tmp_path / "e")
+    shutil.rmtree(tmp_path / "e" / "office" / "dslr_calibration_jpg")
+    stats = curate("eth3d", tmp_path / "e", tmp_path / "out.jsonl", "train")
+    assert stats["skipped"] == {"missing calibration": 1} and stats["frames"] == 2
+    assert "office/dslr_calibration_jpg/images.txt does not exist" in stats["first_skipped"]["missing calibration"]
+
+
+def test_an_eth3d_lens_that_a_camera_cannot_say_is_told(tmp_path):
+    eth3d(tmp_path / "e")
+    curate("eth3d", tmp_path / "e", tmp_path / "out.jsonl", "train")
+    dataset = DepthJsonlDataset(tmp_path / "out.jsonl", tmp_path / "e")
+    assert len(dataset) == 4 and dataset.skipped == {"unsupported lens": 2} == dataset.describe()["skipped"]
+
+
+def test_a_scannetpp_scene_without_images_is_counted(tmp_path):
+    scannetpp(tmp_path / "s")
+    (tmp_path / "s/data/other/iphone/depth").mkdir(parents=True)
+    (tmp_path / "s/data/third/dslr").mkdir(parents=True)
+    stats = curate("scannetpp", tmp_path / "s", tmp_path / "out.jsonl", "all")
+    assert stats["skipped"] == {"missing image": 2} and stats["frames"] == 2
+
+
+def test_sun_frames_without_image_or_intrinsics_are_counted(tmp_path):
+    for name in ("whole", "blind", "unknown", "unmade"):
+        sun_frame(tmp_path / "s/kv1/b3dodata" / name, plane_map())
+    shutil.rmtree(tmp_path / "s/kv1/b3dodata/blind/image")
+    (tmp_path / "s/kv1/b3dodata/unknown/intrinsics.txt").unlink()
+    for path in (tmp_path / "s/kv1/b3dodata/unmade/image").iterdir():
+        path.unlink()
+    stats = curate("sunrgbd", tmp_path / "s", tmp_path / "out.jsonl", "all")
+    assert stats["skipped"] == {"missing image": 2, "missing intrinsics": 1} and stats["frames"] == 1
+
+
+def test_an_nyu_file_of_another_form_is_named(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "nyu_depth_v2_labeled.mat"
+    path.write_bytes(b"no matrix")
+    with pytest.raises(ValueError, match=r"labeled\.mat has not the form of its dataset \(OSError"):
+        curate("nyuv2", tmp_path, tmp_path / "out.jsonl", "all")
+    h5py.File(path, "w").close()
+    with pytest.raises(ValueError, match=r"labeled\.mat has not the form of its dataset \(KeyError"):
+        curate("nyuv2", tmp_path, tmp_path / "out.jsonl", "all")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
-from slanted import labels, moved, pinhole_rays, read
+from slanted import labels, moved, open_as_configured, pinhole_rays, read
 
 from mmseg_llm.data.depth.curation import curate
 from mmseg_llm.data.depth.curation.range_image import range_image_points, rotations
@@ -158,3 +158,10 @@ def test_waymo_statistics_say_where_the_images_are(tmp_path):
     stats = json.loads((tmp_path / "o" / "out.jsonl.stats.json").read_text())
     assert stats["images"] == str(tmp_path / "o") and stats["points"] == 20
     assert stats["split_rule"] == "official: folders of segments" and stats["distance"] == "ray"
+
+
+def test_waymo_is_opened_by_the_mixture_as_it_is_curated(tmp_path):
+    waymo(tmp_path / "data" / "raw" / "waymo")
+    dataset = open_as_configured(tmp_path, "waymo", "train")
+    assert len(dataset) == 1 and dataset.name == "waymo" and dataset.skipped == {}
+    assert dataset[0].load_image().size == (WIDTH, HEIGHT)
