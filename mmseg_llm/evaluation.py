@@ -221,6 +221,9 @@ def format_report(report: dict[str, Any]) -> str:
     for name in ("endings", "answers"):
         if name in report:
             lines.append(f"{name:>{width}}: " + ", ".join(f"{count} {kind}" for kind, count in report[name].items()))
+    skipped = report.get("dataset", {}).get("skipped", {})
+    if skipped:
+        lines.append(f"{'skipped':>{width}}: " + ", ".join(f"{count} {kind}" for kind, count in skipped.items()))
     return "\n".join(lines)
 
 

@@ -152,6 +152,9 @@ def test_evaluation_of_depth(tmp_path):
 def test_report_shows_failures_and_the_constant(tmp_path):
     report = evaluate(Guesser(TEXTS), small_dataset(), tmp_path / "out.json")  # type: ignore[arg-type]
     text = format_report(report)
+    assert "skipped" not in text
+    report["dataset"]["skipped"] = {"bad focal length": 3, "missing image": 1}
+    assert "skipped: 3 bad focal length, 1 missing image" in format_report(report)
     assert " delta1  0.5000  (best constant answer: 0.7500)\n" in text
     assert "failed_no_number  2\n" in text and "num_points  8\n" in text and " prompt: short" in text
     widest = max(map(len, report["scores"]))
