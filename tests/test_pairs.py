@@ -60,11 +60,16 @@ HEADS = {
     },
     "depth_text": {
         "class_path": "mmseg_llm.heads.DepthTextHead",
-        "init_args": {"focal": 60, "cells": 50, "prompts": {"wording": "short", "thinking": False, "digits": 2}},
+        "init_args": {
+            "focal": 60,
+            "cells": 50,
+            "prompts": {"wording": "short", "thinking": False, "digits": 2},
+            "max_new_tokens": 16,
+        },
     },
     "depth_marker": {
         "class_path": "mmseg_llm.heads.DepthTextHead",
-        "init_args": {"reference": "marker", "focal": 60, "max_new_tokens": 160},
+        "init_args": {"reference": "marker", "focal": 60, "prompts": {"thinking": False}, "max_new_tokens": 32},
     },
 }
 CAMERA = Camera(62.0, 60.0, 40.0, 35.0)
